@@ -1,0 +1,130 @@
+"""Read a recipe: one YAML file that says everything of an experiment.
+
+Bundled ones are in captionlib/recipes; a path names any other. Used by every notebook and command.
+"""
+
+import copy
+import difflib
+import os
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from captionlib.errors import InputError
+
+
+@dataclass
+class Recipe:
+    """The sections of a recipe; each is passed to the function named in its comment."""
+
+    name: str = "my_data"
+    data_dir: str = "data/my_data"  # everything made from the data
+    run_dir: str = "runs/my_data"  # checkpoints, curves and scores
+    table: str | list[str] | None = None  # sources.read_captions; None: the drawn scenes
+    format: str = "auto"
+    encoding: str = "utf-8"
+    lang: str = ""  # of a table without a column lang: en, zh or ja
+    images: str | None = None  # a folder of pictures; None: downloaded to data_dir/images
+    scenes: dict = field(default_factory=dict)  # scene_server.scene_table
+    prompt: str = ""  # before every caption; {lang} is filled in
+    download: dict = field(default_factory=dict)  # download.Manners
+    check: dict = field(default_factory=dict)  # images.check_images
+    dataset: dict = field(default_factory=dict)  # dataset.build_dataset
+    tokenizer: dict = field(default_factory=dict)  # tokenization.train_tokenizer; {}: the decoder's
+    encoder: str | dict = ""  # glue.glue
+    decoder: str | dict = ""
+    train: dict = field(default_factory=dict)  # CaptionCollator, CaptionTrainingArguments
+    generate: dict = field(default_factory=dict)  # transformers' generate
+    evaluate: dict = field(default_factory=dict)  # split, images
+
+    @property
+    def images_dir(self) -> Path:
+        return Path(self.images) if self.images else Path(self.data_dir) / "images"
+
+    @property
+    def dataset_dir(self) -> Path:
+        return Path(self.data_dir) / "dataset"
+
+
+def load_recipe(name=None, **changes) -> Recipe:
+    """The recipe of that name or path, with `changes` to its top-level keys.
+
+    name: by default the environment variable CAPTIONLIB_RECIPE, else "scenes". With
+    CAPTIONLIB_SMOKE=1 the recipe's section `smoke` is laid over it. Relative paths are relative
+    to the working directory, or to its parent when that is `notebooks`. Raises InputError.
+    """
+    name = str(name or os.environ.get("CAPTIONLIB_RECIPE") or "scenes")
+    path = _find(name)
+    try:
+        content = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"The recipe {path} is no YAML: {' '.join(str(error).split())}") from None
+    smoke = content.pop("smoke", {}) if isinstance(content, dict) else {}
+    if os.environ.get("CAPTIONLIB_SMOKE") == "1":
+        content = _merged(content, smoke)
+    content = _merged(content, {key: value for key, value in changes.items() if value is not None})
+    _check_keys(content, path)
+    return _rooted(Recipe(**content))
+
+
+def bundled() -> list[str]:
+    """The names of the recipes that come with the library."""
+    files = resources.files("captionlib.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def _find(name: str) -> Path:
+    if name in bundled():
+        return Path(str(resources.files("captionlib.recipes") / f"{name}.yaml"))
+    path = root() / name
+    if not path.is_file():
+        raise InputError(
+            f"No recipe {name!r}: give the path of a YAML file, or one of {', '.join(bundled())}."
+        )
+    return path
+
+
+def root() -> Path:
+    """Where relative paths begin: the working directory, from inside notebooks/ its parent."""
+    here = Path.cwd()
+    return here.parent if here.name == "notebooks" else here
+
+
+def _merged(base: dict, over: dict) -> dict:
+    merged = copy.deepcopy(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
+
+
+def _check_keys(content, path: Path) -> None:
+    if not isinstance(content, dict):
+        raise InputError(f"The recipe {path} is not a mapping of keys to values.")
+    known = {f.name: f for f in fields(Recipe)}
+    for key, value in content.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+            raise InputError(f"The recipe {path} has an unknown key {key!r}: {hint}")
+        if known[key].type is dict and not isinstance(value, dict):
+            raise InputError(f"{key} in {path} must be a mapping, not {value!r}.")
+
+
+def _rooted(recipe: Recipe) -> Recipe:
+    def rooted(value):
+        return str(root() / value)
+
+    recipe.data_dir, recipe.run_dir = rooted(recipe.data_dir), rooted(recipe.run_dir)
+    recipe.images = rooted(recipe.images) if recipe.images else None
+    if recipe.table:
+        several = isinstance(recipe.table, list)
+        recipe.table = [rooted(t) for t in recipe.table] if several else rooted(recipe.table)
+    return recipe
+
+
+def as_text(recipe: Recipe) -> str:
+    """The recipe as YAML, as it is written beside every run."""
+    return yaml.safe_dump(asdict(recipe), allow_unicode=True, sort_keys=False)

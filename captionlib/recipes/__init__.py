@@ -1,0 +1,1 @@
+"""One documented YAML file an experiment; `captionlib.recipe` reads them."""

@@ -1,0 +1,238 @@
+"""The steps of a recipe, as the notebooks and the command line run them both.
+
+Each takes a Recipe, does one step with the functions of the library, writes where the recipe says,
+and returns plain values. A step that was done before is not done again.
+"""
+
+import json
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+
+from captionlib import metrics, scenes
+from captionlib.collator import CaptionCollator
+from captionlib.dataset import accounting, build_dataset, load_dataset
+from captionlib.download import download as download_urls
+from captionlib.download import failures
+from captionlib.errors import InputError
+from captionlib.generation import Captioner, pick_device
+from captionlib.glue import glue
+from captionlib.images import check_images, list_images
+from captionlib.recipe import Recipe, as_text
+from captionlib.scene_server import SceneServer, scene_of, scene_table
+from captionlib.shards import write_atomic
+from captionlib.sources import read_captions, safe_path
+from captionlib.tokenization import train_tokenizer
+
+CONSTANTS_TRIED = 200  # of the most frequent captions, for the best constant one
+
+
+def captions_table(recipe: Recipe) -> pd.DataFrame:
+    """The recipe's table; of the drawn scenes, the one that `download` wrote."""
+    if recipe.table is None and not recipe.scenes:
+        raise InputError(f"The recipe {recipe.name} names no table: give one with --table.")
+    path = recipe.table or Path(recipe.data_dir) / "captions.csv"
+    return read_captions(path, recipe.format, recipe.encoding)
+
+
+def download(recipe: Recipe) -> pd.DataFrame:
+    """Fetch the table's URLs; one row a file: status, reason, tries, bytes, sha256, ..."""
+    with SceneServer() if recipe.scenes else nullcontext() as server:
+        if server:
+            _write_scene_table(recipe, server.url)
+        downloads = download_urls(captions_table(recipe), recipe.images_dir, **recipe.download)
+    write_atomic(Path(recipe.data_dir) / "downloads.parquet", downloads.to_parquet)
+    return downloads
+
+
+def _write_scene_table(recipe: Recipe, url: str) -> None:
+    path = Path(recipe.data_dir) / "captions.csv"
+    if path.exists():
+        table = read_captions(path).drop_duplicates("filename")
+        same_url = table.url.iloc[0].startswith(url)
+        if same_url and table.split.value_counts().to_dict() == recipe.scenes:
+            return
+    table = scene_table(recipe.scenes, url)
+    write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
+
+
+def known_downloads(recipe: Recipe) -> pd.DataFrame:
+    """The outcomes `download` left, without downloading; empty where the pictures were there."""
+    path = Path(recipe.data_dir) / "downloads.parquet"
+    return pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=["filename", "status", "reason"])
+
+
+def check(recipe: Recipe) -> pd.DataFrame:
+    """Decode every picture that the table names; writes checks.parquet."""
+    folder = recipe.images_dir
+    if not folder.is_dir() or not list_images(folder):
+        raise InputError(
+            f"No pictures in the folder {folder}. Name the right one with --images, or run "
+            "captionlib download first."
+        )
+    names = captions_table(recipe).filename.unique()
+    paths = [path for path in (safe_path(folder, name) for name in names) if path]
+    checks = check_images(paths, Path(recipe.data_dir) / "checks", **recipe.check)
+    write_atomic(Path(recipe.data_dir) / "checks.parquet", checks.to_parquet)
+    return checks
+
+
+def build(recipe: Recipe) -> datasets.DatasetDict:
+    """Clean the captions, split by image, pack the dataset; every row of the table accounted for."""
+    path = Path(recipe.data_dir) / "checks.parquet"
+    if not path.exists():
+        raise InputError(f"No {path}: it is written by processdata_02 (or: captionlib check).")
+    data = build_dataset(
+        captions_table(recipe),
+        pd.read_parquet(path),
+        recipe.dataset_dir,
+        recipe.images_dir,
+        failures(known_downloads(recipe)),
+        lang=recipe.lang,
+        prompt=recipe.prompt,
+        **recipe.dataset,
+    )
+    states = accounting(recipe.dataset_dir)
+    write_atomic(recipe.dataset_dir / "accounting.csv", lambda t: states.to_csv(t, index=False))
+    return data
+
+
+def new_captioner(recipe: Recipe, data: datasets.DatasetDict) -> Captioner:
+    """Glue the recipe's halves; a tokenizer is trained on data["train"] where the recipe says so."""
+    tokenizer = None
+    if recipe.tokenizer:
+        train = data["train"].select_columns(["captions", "prompts"])
+        prompts = sorted({prompt for row in train["prompts"] for prompt in row} - {""})
+        texts = (text for row in train["captions"] for text in row)
+        tokenizer = train_tokenizer(texts, **recipe.tokenizer, special_tokens=prompts)
+    return glue(recipe.encoder, recipe.decoder, tokenizer, seed=recipe.train.get("seed", 0))
+
+
+def new_collator(recipe: Recipe, captioner: Captioner, **changes) -> CaptionCollator:
+    """The collator of the recipe's section `train`."""
+    names = ("captions", "captions_per_image", "max_length", "seed")
+    options = {name: recipe.train[name] for name in names if name in recipe.train} | changes
+    return CaptionCollator(
+        captioner.tokenizer, captioner.transform, captioner.start_ids(None)[0], **options
+    )
+
+
+def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) -> list[dict]:
+    """Train to the end, or go on from the last checkpoint; the log. A finished run is not redone."""
+    from captionlib import trainer  # Trainer is slow to import: only where it is used
+
+    folder = Path(recipe.run_dir)
+    log = finished(recipe)
+    if log:
+        return log
+    data = load_dataset(recipe.dataset_dir)
+    captioner = captioner or new_captioner(recipe, data)
+    captioner.model.to(pick_device(device))
+    write_atomic(folder / "recipe.yaml", lambda path: path.write_text(as_text(recipe), "utf-8"))
+    own = {"captions", "captions_per_image", "max_length"}
+    options = {key: value for key, value in recipe.train.items() if key not in own}
+    try:
+        arguments = trainer.CaptionTrainingArguments(
+            output_dir=str(folder), use_cpu=captioner.model.device.type == "cpu", **options
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The recipe's section train: {error}") from None
+    collator = new_collator(recipe, captioner)
+    log = trainer.train(captioner, data, arguments, collator, callbacks)
+    generation = captioner.model.generation_config
+    generation.update(**recipe.generate)
+    generation.save_pretrained(folder)
+    write_atomic(folder / "log.json", lambda path: path.write_text(json.dumps(log), "utf-8"))
+    return log
+
+
+def finished(recipe: Recipe) -> list[dict]:
+    """The log of the recipe's finished run, or []. Raises InputError when another recipe made it."""
+    folder = Path(recipe.run_dir)
+    before = folder / "recipe.yaml"
+    if before.exists() and before.read_text("utf-8") != as_text(recipe):
+        raise InputError(
+            f"{folder} holds a run of another recipe (compare {before}): remove it, or choose "
+            "another folder with --run-dir."
+        )
+    log = folder / "log.json"
+    return json.loads(log.read_text("utf-8")) if log.exists() else []
+
+
+def evaluate(
+    recipe: Recipe, captioner: Captioner, data: datasets.DatasetDict, split: str | None = None
+) -> pd.DataFrame:
+    """Caption a split and score it beside two baselines; one row a language and system.
+
+    Systems: "model"; "wrong images", the same captions each given to the next image; "constant",
+    one training caption for every image (the most frequent, or for drawn scenes the best of 200).
+    Columns: lang, system, images, Bleu_4, CIDEr, distinct (share of different captions), true (of
+    drawn scenes), and of CIDEr the 95 % interval of model minus system (low, high). Writes
+    `scores-<split>.csv` and `captions-<split>.csv` to the run's folder.
+    """
+    split = split or recipe.evaluate.get("split", "test")
+    if split not in data:
+        raise InputError(f"No split {split!r} in the dataset: it has {', '.join(data)}.")
+    rows = data[split].select(range(min(len(data[split]), recipe.evaluate.get("images", 1000))))
+    langs = sorted({lang for row in rows["langs"] for lang in row})
+    results = [_evaluate_lang(recipe, captioner, rows, data["train"], lang) for lang in langs]
+    scores = pd.concat([score for score, _ in results], ignore_index=True)
+    texts = pd.concat([text for _, text in results], ignore_index=True)
+    for name, table in (("scores", scores), ("captions", texts)):
+        path = Path(recipe.run_dir) / f"{name}-{split}.csv"
+        write_atomic(path, lambda temporary, table=table: table.to_csv(temporary, index=False))
+    return scores
+
+
+def _evaluate_lang(recipe: Recipe, captioner: Captioner, rows, train, lang: str):
+    rows = rows.filter(lambda row: lang in row["langs"], load_from_cache_file=False)
+    references = [_of_lang(row, lang) for row in rows.select_columns(["captions", "langs"])]
+    prompt = recipe.prompt.format(lang=lang) or None
+    predictions = captioner.caption(rows["image"], prompt=prompt, **recipe.generate)
+    names = rows["filename"]
+    constant = _best_constant(recipe, train, lang, names)
+    systems = {
+        "model": predictions,
+        "wrong images": predictions[1:] + predictions[:1],
+        "constant": [constant] * len(predictions),
+    }
+    ours = metrics.cider_per_image(predictions, references, lang)
+    scores = []
+    for system, texts in systems.items():
+        values = metrics.score(texts, references, lang)
+        row = {"lang": lang, "system": system, "images": len(texts)}
+        row |= {name: values[name] for name in ("Bleu_4", "CIDEr")}
+        row["distinct"] = len(set(texts)) / len(texts)
+        if recipe.scenes:
+            row["true"] = float(np.mean(truth(texts, names, lang)))
+        theirs = metrics.cider_per_image(texts, references, lang)
+        interval = metrics.paired_bootstrap(ours, theirs)
+        scores.append(row | {name: interval[name] for name in ("low", "high")})
+    texts = {"filename": names, "lang": lang, "caption": predictions, "CIDEr": ours}
+    texts["references"] = [" | ".join(reference) for reference in references]
+    if recipe.scenes:
+        texts["true"] = truth(predictions, names, lang)
+    return pd.DataFrame(scores), pd.DataFrame(texts)
+
+
+def _of_lang(row: dict, lang: str) -> list[str]:
+    return [c for c, each in zip(row["captions"], row["langs"], strict=True) if each == lang]
+
+
+def _best_constant(recipe: Recipe, train, lang: str, names: list[str]) -> str:
+    columns = train.select_columns(["captions", "langs"])
+    counts = Counter(caption for row in columns for caption in _of_lang(row, lang))
+    frequent = [caption for caption, _ in counts.most_common(CONSTANTS_TRIED)]
+    if not recipe.scenes:
+        return frequent[0]
+    return max(frequent, key=lambda caption: sum(truth([caption] * len(names), names, lang)))
+
+
+def truth(captions: list[str], filenames: list[str], lang: str) -> list[bool]:
+    """Whether each caption is true of the drawn scene of that file name."""
+    pairs = zip(captions, filenames, strict=True)
+    return [scenes.is_true(caption, scene_of(name), lang) for caption, name in pairs]
