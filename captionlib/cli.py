@@ -82,6 +82,7 @@ def _recipe_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--recipe", help=f"a YAML file, or one of {', '.join(bundled())}")
     options.add_argument("--table", nargs="+", help="your own table(s): CSV, TSV or COCO JSON")
+    options.add_argument("--folder", help="where a recipe's source lies, if it asks for one")
     options.add_argument("--images", help="the folder of your pictures; else they are downloaded")
     options.add_argument("--lang", help="of the captions: en, zh or ja")
     options.add_argument("--format", help="auto, csv, tsv or coco")
@@ -95,7 +96,7 @@ def _recipe_options() -> argparse.ArgumentParser:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    names = ("table", "images", "lang", "format", "encoding", "data_dir", "run_dir")
+    names = ("table", "folder", "images", "lang", "format", "encoding", "data_dir", "run_dir")
     changes = {name: getattr(arguments, name) for name in names}
     for each in arguments.set:
         key, equals, value = each.partition("=")
@@ -180,7 +181,9 @@ def _caption(arguments: argparse.Namespace) -> int:
 
     images: list[str] = []
     for name in arguments.images:
-        found = [str(Path(name, each)) for each in list_images(name)] if Path(name).is_dir() else [name]
+        found = (
+            [str(Path(name, each)) for each in list_images(name)] if Path(name).is_dir() else [name]
+        )
         if not found:
             raise InputError(f"No pictures in the folder {name}.")
         images += found
@@ -189,7 +192,9 @@ def _caption(arguments: argparse.Namespace) -> int:
     options = {"num_beams": arguments.num_beams} if arguments.num_beams else {}
     failed = []
     for image, (caption, *_) in zip(
-        images, captioner.caption_full(images, on_error="none", prompt=prompt, **options), strict=True
+        images,
+        captioner.caption_full(images, on_error="none", prompt=prompt, **options),
+        strict=True,
     ):
         if caption.error:
             failed.append((image, caption.error))
@@ -203,7 +208,9 @@ def _prompt_of(model: str, lang: str | None) -> str | None:
     path = Path(model, "recipe.yaml")
     template = load_recipe(path.resolve()).prompt if path.exists() else ""
     if lang and not template:
-        raise InputError(f"The captioner {model} was not trained with a language: leave out --lang.")
+        raise InputError(
+            f"The captioner {model} was not trained with a language: leave out --lang."
+        )
     return template.format(lang=lang or "en") if template else None
 
 
@@ -212,5 +219,3 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     print(demo.run(load_recipe("scenes")))
     return 0
-
-

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase
 
 from captionlib.errors import InputError
@@ -17,6 +18,8 @@ from captionlib.tokenization import encode
 
 IGNORE = -100  # positions with this label are not part of the loss
 MODES = ("packed", "sampled", "separate")
+AUGMENTS = ("none", "crop", "crop+flip")
+SMALLEST_CROP = 0.6  # of the picture's area: more would cut away what captions tell of
 
 
 class PixelTransform:
@@ -65,7 +68,8 @@ class CaptionCollator:
     a `decoder_attention_mask` [B, 1, L, L] (0 or the least float) that keeps each to itself.
 
     captions_per_image: how many of an image's captions a packed or separate visit takes, drawn at
-    random; None takes all. Returns pixel_values uint8 [B, 3, H, W], decoder_input_ids and labels
+    random; None takes all. augment: "crop" (a random part of at least 0.6 of the area), "crop+flip"
+    (and mirrored half the time: not where captions say left or right). Returns pixel_values uint8 [B, 3, H, W], decoder_input_ids and labels
     int64 [B, L], and for the modes that are not packed decoder_attention_mask int64 [B, L].
     """
 
@@ -75,12 +79,15 @@ class CaptionCollator:
     captions: str = "packed"
     captions_per_image: int | None = None
     max_length: int = 64
+    augment: str = "none"
     seed: int | None = None
     rng: np.random.Generator = field(init=False, repr=False)
 
     def __post_init__(self):
         if self.captions not in MODES:
             raise InputError(f"No caption mode {self.captions!r}: choose {', '.join(MODES)}.")
+        if self.augment not in AUGMENTS:
+            raise InputError(f"No augment {self.augment!r}: choose {', '.join(AUGMENTS)}.")
         for name in ("eos_token_id", "pad_token_id"):
             if getattr(self.tokenizer, name) is None:
                 raise InputError(f"The tokenizer has no {name}: glue() sets one.")
@@ -89,12 +96,27 @@ class CaptionCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         chosen = [self._choose(row) for row in rows]
         pieces = self._encode(chosen)
-        images = torch.stack([self.transform(open_image(_picture(row["image"]))) for row in rows])
+        images = torch.stack([self.transform(self._open(row["image"])) for row in rows])
         if self.captions == "packed":
             return {"pixel_values": images, **self._packed(pieces)}
         repeats = torch.tensor([len(row) for row in pieces])
         flat = [[piece] for row in pieces for piece in row]
         return {"pixel_values": images.repeat_interleave(repeats, 0), **self._plain(flat)}
+
+    def _open(self, image) -> Image.Image:
+        """Undecoded rows of `datasets` hold {"bytes": ..., "path": None}."""
+        image = open_image(image["bytes"] if isinstance(image, dict) else image)
+        if self.augment == "none":
+            return image
+        area, ratio = self.rng.uniform(SMALLEST_CROP, 1), self.rng.uniform(0.8, 1.25)
+        width = min(image.width, round(image.width * (area * ratio) ** 0.5))
+        height = min(image.height, round(image.height * (area / ratio) ** 0.5))
+        left = self.rng.integers(image.width - width + 1)
+        top = self.rng.integers(image.height - height + 1)
+        image = image.crop((left, top, left + width, top + height))
+        if self.augment == "crop+flip" and self.rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        return image
 
     def _choose(self, row: dict) -> list[tuple[str, str]]:
         """(prompt, caption) pairs of this visit."""
@@ -154,8 +176,3 @@ class CaptionCollator:
             "labels": labels,
             "decoder_attention_mask": (piece_of >= 0).long(),
         }
-
-
-def _picture(image):
-    """What `open_image` takes: undecoded rows of `datasets` hold {"bytes": ..., "path": None}."""
-    return image["bytes"] if isinstance(image, dict) else image

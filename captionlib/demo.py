@@ -34,7 +34,9 @@ def run(recipe: Recipe) -> str:
         raise InputError(f"No notebooks at {folder}: run the demo in a clone of the repository.")
     had = "captions.csv" in {path.name for path in Path(recipe.data_dir).glob("*")}
     print(f"Data in {recipe.data_dir}: {'reused' if had else 'made now'}.")
-    print(f"Run in {recipe.run_dir}: {'reused' if finished(recipe) else 'trained now'}.", flush=True)
+    print(
+        f"Run in {recipe.run_dir}: {'reused' if finished(recipe) else 'trained now'}.", flush=True
+    )
     for name in NOTEBOOKS:
         start = time.monotonic()
         print(f"{name} ...", end=" ", flush=True)
@@ -57,7 +59,9 @@ def run_notebook(source: Path, target: Path) -> None:
     try:
         client.execute()
     except CellExecutionError as error:
-        raise InputError(f"The notebook {source.name} stopped: {error.ename}: {error.evalue}") from None
+        raise InputError(
+            f"The notebook {source.name} stopped: {error.ename}: {error.evalue}"
+        ) from None
     finally:
         nbformat.write(notebook, target)
 
@@ -65,7 +69,9 @@ def run_notebook(source: Path, target: Path) -> None:
 def report(recipe: Recipe) -> str:
     """What the demo prints at its end, from the files the notebooks wrote."""
     folder = Path(recipe.run_dir)
-    losses = [entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry]
+    losses = [
+        entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry
+    ]
     scores = pd.read_csv(folder / "scores-test.csv")
     pictures = sorted((folder / "figures").glob("*.png"))
     lines = [

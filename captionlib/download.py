@@ -130,9 +130,7 @@ async def _download_all(
 
 def _session(manners: Manners) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=manners.connections, limit_per_host=manners.per_host
-        ),
+        connector=aiohttp.TCPConnector(limit=manners.connections, limit_per_host=manners.per_host),
         timeout=aiohttp.ClientTimeout(total=manners.timeout),
         headers={"User-Agent": USER_AGENT.format(contact=manners.contact)},
     )

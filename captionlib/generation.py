@@ -80,7 +80,12 @@ class Captioner:
             part.push_to_hub(name, **arguments)
 
     def caption(
-        self, images, on_error: str = "raise", prompt: str | None = None, batch_size: int = 32, **arguments
+        self,
+        images,
+        on_error: str = "raise",
+        prompt: str | None = None,
+        batch_size: int = 32,
+        **arguments,
     ) -> list:
         """One text an image, or a list of texts when num_return_sequences is above 1.
 
@@ -94,7 +99,12 @@ class Captioner:
         return texts if several else [first for first, *_ in texts]
 
     def caption_full(
-        self, images, on_error: str = "raise", prompt: str | None = None, batch_size: int = 32, **arguments
+        self,
+        images,
+        on_error: str = "raise",
+        prompt: str | None = None,
+        batch_size: int = 32,
+        **arguments,
     ) -> list[list[Caption]]:
         """The same with token ids, log-probabilities and errors: a list of captions an image."""
         if on_error not in ("raise", "none"):
@@ -168,7 +178,9 @@ class Captioner:
         """
         pixels = self.transform(open_image(image))[None]
         caption = self._generate(pixels, prompt, arguments)[0][0]
-        ids = torch.tensor([[*self.start_ids(prompt), *caption.token_ids]], device=self.model.device)
+        ids = torch.tensor(
+            [[*self.start_ids(prompt), *caption.token_ids]], device=self.model.device
+        )
         was = self.model.decoder.config._attn_implementation
         self.model.decoder.set_attn_implementation("eager")  # sdpa returns no attentions
         try:

@@ -176,9 +176,7 @@ def _load_decoder(
 
 def _image_processor(encoder: Half, config: PreTrainedConfig):
     if isinstance(encoder, str):
-        return _load(
-            AutoImageProcessor.from_pretrained, "image processor", encoder, backend="pil"
-        )
+        return _load(AutoImageProcessor.from_pretrained, "image processor", encoder, backend="pil")
     side = config.image_size
     height, width = (side, side) if isinstance(side, int) else side
     return ViTImageProcessorPil(size={"height": height, "width": width})

@@ -51,8 +51,12 @@ def score(
     with a length penalty: CIDEr-D); CIDEr_plain is the paper's unclipped form.
     """
     hypotheses, targets, signature = _tokens(predictions, references, lang, tokenizer)
-    values: dict = dict(zip((f"Bleu_{n}" for n in range(1, N + 1)), _bleu(hypotheses, targets), strict=True))
-    values["ROUGE_L"] = float(np.mean([_rouge_l(h, t) for h, t in zip(hypotheses, targets, strict=True)]))
+    values: dict = dict(
+        zip((f"Bleu_{n}" for n in range(1, N + 1)), _bleu(hypotheses, targets), strict=True)
+    )
+    values["ROUGE_L"] = float(
+        np.mean([_rouge_l(h, t) for h, t in zip(hypotheses, targets, strict=True)])
+    )
     values["CIDEr"] = float(_cider(hypotheses, targets).mean())
     values["CIDEr_plain"] = float(_cider(hypotheses, targets, plain=True).mean())
     return values | {"images": len(predictions), "signature": signature}
@@ -89,7 +93,9 @@ def _tokens(predictions, references, lang: str, tokenizer: str | None):
     if not predictions or not all(references):
         raise InputError("Scores need at least one image, and a reference caption for each.")
     if len(predictions) == 1:
-        warnings.warn("CIDEr of one image alone is 0: every n-gram has idf log(1) = 0.", stacklevel=3)
+        warnings.warn(
+            "CIDEr of one image alone is 0: every n-gram has idf log(1) = 0.", stacklevel=3
+        )
     tokenizer = tokenizer or DEFAULT_TOKENIZER.get(lang, "whitespace")
     hypotheses = [tokenize(text, tokenizer) for text in predictions]
     targets = [[tokenize(text, tokenizer) for text in texts] for texts in references]
@@ -136,7 +142,10 @@ def _longest_common(a: list[str], b: list[str]) -> int:
     for token in a:
         before = 0
         for j, other in enumerate(b):
-            before, row[j + 1] = row[j + 1], before + 1 if token == other else max(row[j + 1], row[j])
+            before, row[j + 1] = (
+                row[j + 1],
+                before + 1 if token == other else max(row[j + 1], row[j]),
+            )
     return row[-1]
 
 
@@ -146,7 +155,9 @@ def _cider(
     """CIDEr-D of each image (coco-caption's cider_scorer.py); plain: no clipping, no penalty."""
     documents: Counter = Counter()
     for references in targets:
-        documents.update({gram for r in references for n in range(1, N + 1) for gram in _ngrams(r, n)})
+        documents.update(
+            {gram for r in references for n in range(1, N + 1) for gram in _ngrams(r, n)}
+        )
     log_images = np.log(float(len(targets)))
 
     def vectors(tokens: list[str]) -> list[dict]:
@@ -161,7 +172,9 @@ def _cider(
     scores = []
     for hypothesis, references in zip(hypotheses, targets, strict=True):
         ours = vectors(hypothesis)
-        similar = [_similarity(ours, vectors(r), len(hypothesis) - len(r), plain) for r in references]
+        similar = [
+            _similarity(ours, vectors(r), len(hypothesis) - len(r), plain) for r in references
+        ]
         scores.append(10 * np.mean(similar))
     return np.array(scores)
 

@@ -105,7 +105,9 @@ def show_labels(inputs: list[str], labels: list[str], limit: int = 24) -> Figure
 def show_losses(history: list[dict], smooth: int = 5) -> Figure:
     """Training loss (thin: as logged; thick: mean of `smooth` logs) and validation loss by step."""
     figure, axis = plt.subplots(figsize=(5, 2.8))
-    train = pd.DataFrame([(h["step"], h["loss"]) for h in history if "loss" in h], columns=["s", "l"])
+    train = pd.DataFrame(
+        [(h["step"], h["loss"]) for h in history if "loss" in h], columns=["s", "l"]
+    )
     val = [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h]
     axis.plot(train.s, train.l, color=COLOURS["quiet"], linewidth=0.8)
     axis.plot(train.s, train.l.rolling(smooth, 1).mean(), color=COLOURS["ok"], label="train")

@@ -22,7 +22,8 @@ class Recipe:
     name: str = "my_data"
     data_dir: str = "data/my_data"  # everything made from the data
     run_dir: str = "runs/my_data"  # checkpoints, curves and scores
-    table: str | list[str] | None = None  # sources.read_captions; None: the drawn scenes
+    folder: str = ""  # where a source lies; "{folder}" and "{lang}" in paths are filled in
+    table: str | list | dict | None = None  # read_captions; {split: path}; None: the drawn scenes
     format: str = "auto"
     encoding: str = "utf-8"
     lang: str = ""  # of a table without a column lang: en, zh or ja
@@ -114,14 +115,20 @@ def _check_keys(content, path: Path) -> None:
 
 
 def _rooted(recipe: Recipe) -> Recipe:
-    def rooted(value):
-        return str(root() / value)
+    """Paths filled in ({folder}, {lang}) and made absolute."""
 
-    recipe.data_dir, recipe.run_dir = rooted(recipe.data_dir), rooted(recipe.run_dir)
-    recipe.images = rooted(recipe.images) if recipe.images else None
-    if recipe.table:
-        several = isinstance(recipe.table, list)
-        recipe.table = [rooted(t) for t in recipe.table] if several else rooted(recipe.table)
+    def rooted(value):
+        if isinstance(value, dict):
+            return {key: rooted(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [rooted(each) for each in value]
+        if "{folder}" in str(value) and not recipe.folder:
+            raise InputError(f"The recipe {recipe.name} wants a folder: give it with --folder.")
+        return str(root() / str(value).format(folder=recipe.folder, lang=recipe.lang))
+
+    for name in ("data_dir", "run_dir", "table", "images"):
+        if getattr(recipe, name):
+            setattr(recipe, name, rooted(getattr(recipe, name)))
     return recipe
 
 

@@ -113,7 +113,9 @@ class SceneServer:
         if trouble == "slow":
             await asyncio.sleep(3600)
         if trouble == "web page":
-            return web.Response(text="<html>This picture has moved.</html>", content_type="text/html")
+            return web.Response(
+                text="<html>This picture has moved.</html>", content_type="text/html"
+            )
         if trouble == "moved" and "moved" not in request.query:
             raise web.HTTPFound(f"/{name}?moved")
         if trouble == "busy" and self.requests[name] == 1:

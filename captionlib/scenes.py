@@ -30,7 +30,12 @@ COLOURS = {
     "purple": (150, 60, 190),
     "orange": (245, 135, 35),
 }
-BACKGROUNDS = {"white": (250, 250, 250), "grey": (150, 150, 150), "black": (15, 15, 15), "pink": (250, 190, 205)}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "grey": (150, 150, 150),
+    "black": (15, 15, 15),
+    "pink": (250, 190, 205),
+}
 SHAPES = ("circle", "square", "triangle", "star")
 RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 # Shape-colour pairs kept out of train, val and test; every scene of split "novel" has one.
@@ -258,7 +263,10 @@ _PHRASES = {lang: _all_phrases(lang) for lang in LANGS}
 
 def _form_pattern(lang: str, form: str) -> re.Pattern:
     grammar = GRAMMAR[lang]
-    fields = {name: f"(?P<{name}>{'|'.join(grammar[name].values())})" for name in ("relation", "background")}
+    fields = {
+        name: f"(?P<{name}>{'|'.join(grammar[name].values())})"
+        for name in ("relation", "background")
+    }
     return re.compile(grammar[form].format("(?P<first>.+?)", "(?P<second>.+)", **fields))
 
 
@@ -274,9 +282,13 @@ def parse(caption: str, lang: str) -> Claim | None:
     for pattern in (pattern for form_lang, pattern in _FORMS if form_lang == lang):
         found = pattern.fullmatch(caption.strip())
         parts = found.groupdict() if found else {}
-        phrases = [_PHRASES[lang].get(parts.get(name)) for name in ("first", "second") if name in parts]
+        phrases = [
+            _PHRASES[lang].get(parts.get(name)) for name in ("first", "second") if name in parts
+        ]
         if phrases and all(phrases):
-            names = {name: _reverse(lang, name, parts.get(name)) for name in ("relation", "background")}
+            names = {
+                name: _reverse(lang, name, parts.get(name)) for name in ("relation", "background")
+            }
             return Claim(tuple(phrases), **names)
     return None
 

@@ -29,13 +29,16 @@ FORMATS = ("auto", "csv", "tsv", "coco")
 def read_captions(path, format: str = "auto", encoding: str = "utf-8") -> pd.DataFrame:
     """One row a caption: filename, caption[, url, split, lang, prompt], all text.
 
-    path: one table or several (a list). format: "csv" or "tsv" with a header (zero_nlp's
+    path: one table, several (a list), or one a split ({"train": path, ...}). format: "csv" or "tsv" with a header (zero_nlp's
     text,url,filename is one), "coco" (COCO and STAIR JSON), "auto" by the name's ending. A table
     with URLs and no file names gets names made from the URLs. Raises InputError.
     """
+    if isinstance(path, dict):
+        parts = [read_captions(p, format, encoding).assign(split=s) for s, p in path.items()]
+        return pd.concat(parts, ignore_index=True)
     paths = [path] if isinstance(path, str | Path) else path
     table = pd.concat([part for each in paths for part in iter_captions(each, format, encoding)])
-    return table.reset_index(drop=True)
+    return table.fillna("").reset_index(drop=True)
 
 
 def iter_captions(

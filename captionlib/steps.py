@@ -5,6 +5,7 @@ and returns plain values. A step that was done before is not done again.
 """
 
 import json
+import re
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,6 +29,9 @@ from captionlib.shards import write_atomic
 from captionlib.sources import read_captions, safe_path
 from captionlib.tokenization import train_tokenizer
 
+COLLATOR_KEYS = ("captions", "captions_per_image", "max_length", "augment")  # of section train
+SIDES = re.compile(r"\b(left|right)\b|[左右]")
+SIDES_ALLOWED = 0.02  # share of captions: "on the right", now and then, does little harm
 CONSTANTS_TRIED = 200  # of the most frequent captions, for the best constant one
 
 
@@ -63,7 +67,11 @@ def _write_scene_table(recipe: Recipe, url: str) -> None:
 def known_downloads(recipe: Recipe) -> pd.DataFrame:
     """The outcomes `download` left, without downloading; empty where the pictures were there."""
     path = Path(recipe.data_dir) / "downloads.parquet"
-    return pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=["filename", "status", "reason"])
+    return (
+        pd.read_parquet(path)
+        if path.exists()
+        else pd.DataFrame(columns=["filename", "status", "reason"])
+    )
 
 
 def check(recipe: Recipe) -> pd.DataFrame:
@@ -114,7 +122,7 @@ def new_captioner(recipe: Recipe, data: datasets.DatasetDict) -> Captioner:
 
 def new_collator(recipe: Recipe, captioner: Captioner, **changes) -> CaptionCollator:
     """The collator of the recipe's section `train`."""
-    names = ("captions", "captions_per_image", "max_length", "seed")
+    names = (*COLLATOR_KEYS, "seed")
     options = {name: recipe.train[name] for name in names if name in recipe.train} | changes
     return CaptionCollator(
         captioner.tokenizer, captioner.transform, captioner.start_ids(None)[0], **options
@@ -133,8 +141,9 @@ def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) ->
     captioner = captioner or new_captioner(recipe, data)
     captioner.model.to(pick_device(device))
     write_atomic(folder / "recipe.yaml", lambda path: path.write_text(as_text(recipe), "utf-8"))
-    own = {"captions", "captions_per_image", "max_length"}
-    options = {key: value for key, value in recipe.train.items() if key not in own}
+    if "flip" in recipe.train.get("augment", ""):
+        _refuse_sides(data["train"])
+    options = {key: value for key, value in recipe.train.items() if key not in COLLATOR_KEYS}
     try:
         arguments = trainer.CaptionTrainingArguments(
             output_dir=str(folder), use_cpu=captioner.model.device.type == "cpu", **options
@@ -142,12 +151,24 @@ def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) ->
     except (TypeError, ValueError) as error:
         raise InputError(f"The recipe's section train: {error}") from None
     collator = new_collator(recipe, captioner)
-    log = trainer.train(captioner, data, arguments, collator, callbacks)
+    still = new_collator(recipe, captioner, augment="none", captions_per_image=None)
+    log = trainer.train(captioner, data, arguments, collator, callbacks, eval_collator=still)
     generation = captioner.model.generation_config
     generation.update(**recipe.generate)
     generation.save_pretrained(folder)
     write_atomic(folder / "log.json", lambda path: path.write_text(json.dumps(log), "utf-8"))
     return log
+
+
+def _refuse_sides(train: datasets.Dataset) -> None:
+    """A mirrored picture makes "left" and "right" false."""
+    texts = [text for row in train["captions"] for text in row]
+    share = sum(bool(SIDES.search(text)) for text in texts) / len(texts)
+    if share > SIDES_ALLOWED:
+        raise InputError(
+            f"augment: crop+flip mirrors pictures, but {share:.0%} of the captions say left or "
+            "right (左, 右): use augment: crop."
+        )
 
 
 def finished(recipe: Recipe) -> list[dict]:

@@ -47,7 +47,9 @@ class CaptionTrainer(Seq2SeqTrainer):
     Batches arrive with uint8 pictures and are normalised on the model's device.
     """
 
-    def __init__(self, captioner: Captioner, args, collator: CaptionCollator, **arguments):
+    def __init__(
+        self, captioner: Captioner, args, collator: CaptionCollator, eval_collator=None, **arguments
+    ):
         super().__init__(
             captioner.model,
             args,
@@ -56,7 +58,15 @@ class CaptionTrainer(Seq2SeqTrainer):
             **arguments,
         )
         self.captioner = captioner
+        self.eval_collator = eval_collator or collator
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        training, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
 
     def create_optimizer(self, model=None):
         args = self.args
@@ -77,7 +87,11 @@ class CaptionTrainer(Seq2SeqTrainer):
         logits = outputs.logits.float().flatten(0, 1)  # [B * L, V]
         smoothing = self.args.label_smoothing_factor
         loss = cross_entropy(
-            logits, labels.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+            logits,
+            labels.flatten(),
+            ignore_index=IGNORE,
+            reduction="sum",
+            label_smoothing=smoothing,
         )
         if num_items_in_batch is None:
             loss = loss / (labels != IGNORE).sum()
@@ -164,8 +178,11 @@ def train(
     args: CaptionTrainingArguments,
     collator: CaptionCollator,
     callbacks=(),
+    eval_collator: CaptionCollator | None = None,
 ) -> list[dict]:
-    """Train on data["train"], evaluate on data["val"]; the log: dicts of step, loss, eval_loss, ...
+    """Train on data["train"], evaluate on data["val"] (without augmentation: `eval_collator`).
+
+    Returns the log: dicts of step, loss, eval_loss, ...
 
     Goes on from the last checkpoint in `args.output_dir`, if there is one. Ctrl-C saves a
     checkpoint and raises KeyboardInterrupt. At the end the captioner is saved in output_dir.
@@ -176,6 +193,7 @@ def train(
         collator,
         train_dataset=undecoded(data["train"]),
         eval_dataset=undecoded(data["val"]) if "val" in data else None,
+        eval_collator=eval_collator,
         callbacks=list(callbacks),
     )
     folder = Path(args.output_dir)
@@ -197,21 +215,3 @@ def last_checkpoint(folder: Path) -> str | None:
 def undecoded(data: datasets.Dataset) -> datasets.Dataset:
     """Pictures as their stored bytes: the collator decodes them, once."""
     return data.cast_column("image", datasets.Image(decode=False))
-
-
-def evaluate_loss(captioner: Captioner, data: datasets.Dataset, collator, batch_size: int = 32):
-    """The loss over a dataset: the mean over its label tokens, natural log. Float."""
-    model = captioner.model.eval()
-    total = tokens = 0
-    with torch.inference_mode():
-        for start in range(0, len(data), batch_size):
-            rows = undecoded(data.select(range(start, min(start + batch_size, len(data)))))
-            batch = {k: v.to(model.device) for k, v in collator(list(rows)).items()}
-            labels = batch.pop("labels")
-            batch["pixel_values"] = captioner.transform.normalise(batch["pixel_values"])
-            logits = model(**batch, use_cache=False).logits.float()
-            total += cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-            ).item()
-            tokens += int((labels != IGNORE).sum())
-    return total / tokens
