@@ -44,7 +44,7 @@ def _say(text: str) -> int:
 
 def _remedy(number: int) -> str:
     if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        return "Free some space, or choose other folders with --data-dir and --run-dir; then run the same command."
+        return "Free some space and run the same command again, or choose another --data-dir."
     return "Choose a folder you may write to, with --data-dir and --run-dir."
 
 

@@ -69,8 +69,10 @@ class CaptionCollator:
 
     captions_per_image: how many of an image's captions a packed or separate visit takes, drawn at
     random; None takes all. augment: "crop" (a random part of at least 0.6 of the area), "crop+flip"
-    (and mirrored half the time: not where captions say left or right). Returns pixel_values uint8 [B, 3, H, W], decoder_input_ids and labels
-    int64 [B, L], and for the modes that are not packed decoder_attention_mask int64 [B, L].
+    (and mirrored half the time: not where captions say left or right).
+
+    Returns pixel_values uint8 [B, 3, H, W], decoder_input_ids and labels int64 [B, L], and for the
+    modes that are not packed decoder_attention_mask int64 [B, L].
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
-"""Pack checked images and cleaned captions into a dataset: one row an image, every row accounted for.
+"""Pack checked images and cleaned captions into a dataset, every input row accounted for.
 
-Images are shrunk once (short side `stored_size`, never enlarged) and stored as JPEG bytes inside
-Parquet files, which `datasets` opens. Used by processdata_03 and the training notebook.
+One row is one image. Images are shrunk once (short side `stored_size`, never enlarged) and stored
+as JPEG bytes inside Parquet files, which `datasets` opens. Used by processdata_03 and the trainer.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ def build_dataset(
 
 
 def load_dataset(path) -> datasets.DatasetDict:
-    """The dataset that `build_dataset` wrote, memory-mapped. Raises InputError when there is none."""
+    """The dataset that `build_dataset` wrote, memory-mapped. Raises InputError without one."""
     files: dict[str, list[str]] = {}
     for file in sorted(Path(path).glob("*-*.parquet")):
         files.setdefault(file.name.split("-")[0], []).append(str(file))

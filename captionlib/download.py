@@ -26,7 +26,17 @@ from captionlib.errors import InputError
 from captionlib.images import ImageError
 from captionlib.sources import safe_path
 
-LEDGER_COLUMNS = "filename url status reason tries http_status bytes sha256 time".split()
+LEDGER_COLUMNS = [
+    "filename",
+    "url",
+    "status",
+    "reason",
+    "tries",
+    "http_status",
+    "bytes",
+    "sha256",
+    "time",
+]
 USER_AGENT = f"captionlib/{captionlib.__version__} (dataset download; contact: {{contact}})"
 RETRY_HTTP = {408, 429, 500, 502, 503, 504}
 COMMIT_SECONDS = 0.5  # a killed process repeats at most this much
@@ -139,9 +149,10 @@ def _session(manners: Manners) -> aiohttp.ClientSession:
 def _commit(ledger: sqlite3.Connection, finished: list[tuple]) -> None:
     rows = finished.copy()
     finished.clear()
-    marks = ", ".join("?" * len(LEDGER_COLUMNS))
     with ledger:
-        ledger.executemany(f"INSERT OR REPLACE INTO downloads VALUES ({marks})", rows)
+        ledger.executemany(
+            "INSERT OR REPLACE INTO downloads VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
+        )
 
 
 async def _settle(session, filename: str, url: str, out_dir: Path, manners: Manners) -> tuple:

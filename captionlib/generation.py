@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers import VisionEncoderDecoderModel as VED
 from transformers.utils import logging
@@ -65,7 +66,7 @@ class Captioner:
             model = load_model(path)
             processor = AutoImageProcessor.from_pretrained(path, backend="pil")
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(not_loaded("captioner", path, error)) from None
         return cls(model.to(pick_device(device)).eval(), processor, tokenizer)
 

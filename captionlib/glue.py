@@ -11,6 +11,7 @@ import math
 from functools import partial
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -95,7 +96,7 @@ def _load(load, what: str, name, **arguments):
         raise InputError(f"A half that is only a configuration has no {what}: give one.")
     try:
         return load(name, **arguments)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(not_loaded(what, name, error)) from None
 
 

@@ -88,9 +88,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     """Deep grey scaled to 0-255: by 16 bit where it fits, else by its own range."""
     image = image.convert("F")
     low, high = image.getextrema()
-    if 0 <= low and 255 < high <= 65535:
+    if low >= 0 and 255 < high <= 65535:
         low, high = 0, 65535
-    elif 0 <= low and high <= 255:
+    elif low >= 0 and high <= 255:
         low, high = 0, 255
     scale = 255 / (high - low) if high > low else 1
     return image.point(lambda value: value * scale - low * scale).convert("L")

@@ -145,13 +145,3 @@ def show_heat_maps(image, words: list[str], maps: np.ndarray, columns: int = 8) 
         axis.set_title(word, fontsize=9)
     figure.tight_layout()
     return figure
-
-
-def quiet() -> None:
-    """No progress bars of `datasets` and `transformers`, no warnings of theirs: for notebooks."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()

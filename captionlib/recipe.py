@@ -58,16 +58,25 @@ def load_recipe(name=None, **changes) -> Recipe:
     """
     name = str(name or os.environ.get("CAPTIONLIB_RECIPE") or "scenes")
     path = _find(name)
-    try:
-        content = yaml.safe_load(path.read_text("utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"The recipe {path} is no YAML: {' '.join(str(error).split())}") from None
-    smoke = content.pop("smoke", {}) if isinstance(content, dict) else {}
+    content = _read(path)
+    smoke = content.pop("smoke", {})
     if os.environ.get("CAPTIONLIB_SMOKE") == "1":
         content = _merged(content, smoke)
     content = _merged(content, {key: value for key, value in changes.items() if value is not None})
     _check_keys(content, path)
     return _rooted(Recipe(**content))
+
+
+def _read(path: Path) -> dict:
+    """The file's keys, laid over those of the recipe it names as `base`."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"The recipe {path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"The recipe {path} is not a mapping of keys to values.")
+    base = content.pop("base", None)
+    return _merged(_read(_find(base)), content) if base else content
 
 
 def bundled() -> list[str]:
@@ -101,9 +110,7 @@ def _merged(base: dict, over: dict) -> dict:
     return merged
 
 
-def _check_keys(content, path: Path) -> None:
-    if not isinstance(content, dict):
-        raise InputError(f"The recipe {path} is not a mapping of keys to values.")
+def _check_keys(content: dict, path: Path) -> None:
     known = {f.name: f for f in fields(Recipe)}
     for key, value in content.items():
         if key not in known:

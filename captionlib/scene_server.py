@@ -58,7 +58,7 @@ def scene_table(numbers: dict[str, int], base_url: str) -> pd.DataFrame:
 class SceneServer:
     """`with SceneServer() as server:` answers at `server.url` until the block ends.
 
-    port: the wished port; another free one is taken when it is in use. `server.requests` counts
+    port: the wished port; another free one when it is in use, or with 0. `server.requests` counts
     the requests by path.
     """
 
@@ -98,7 +98,7 @@ class SceneServer:
             await web.TCPSite(runner, "127.0.0.1", self.port).start()
         except OSError:  # in use: let the system choose
             await web.TCPSite(runner, "127.0.0.1", 0).start()
-            self.port = runner.addresses[0][1]
+        self.port = runner.addresses[0][1]
         self._ready.set()
         await self._stop.wait()
         await runner.cleanup()

@@ -12,8 +12,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
-import pandas as pd
 from PIL import Image, ImageDraw
+
+from captionlib.errors import InputError
 
 SIZE = 64  # pixels a side
 RADIUS = {"small": 7, "large": 12}  # pixels; a picture of 64 px holds four large ones
@@ -59,12 +60,12 @@ GRAMMAR = {
         "background form": "{0} on a {background} background",
     },
     "zh": {
-        "colour": dict(zip(COLOURS, "红色 绿色 蓝色 黄色 紫色 橙色".split(), strict=True)),
-        "background": dict(zip(BACKGROUNDS, "白色 灰色 黑色 粉色".split(), strict=True)),
-        "shape": dict(zip(SHAPES, "圆形 正方形 三角形 五角星".split(), strict=True)),
+        "colour": dict(zip(COLOURS, ["红色", "绿色", "蓝色", "黄色", "紫色", "橙色"], strict=True)),
+        "background": dict(zip(BACKGROUNDS, ["白色", "灰色", "黑色", "粉色"], strict=True)),
+        "shape": dict(zip(SHAPES, ["圆形", "正方形", "三角形", "五角星"], strict=True)),
         "size": {None: "", "small": "小的", "large": "大的"},
-        "relation": dict(zip(RELATIONS, "左边 右边 上方 下方".split(), strict=True)),
-        "number": dict(zip(NUMBERS, "一个 两个 三个 四个".split(), strict=True)),
+        "relation": dict(zip(RELATIONS, ["左边", "右边", "上方", "下方"], strict=True)),
+        "number": dict(zip(NUMBERS, ["一个", "两个", "三个", "四个"], strict=True)),
         "one": "{size}{colour}{shape}",
         "many": "{number}{colour}{shape}",
         "relation form": "{0}在{1}的{relation}",
@@ -72,12 +73,14 @@ GRAMMAR = {
         "background form": "{background}背景上有{0}",
     },
     "ja": {
-        "colour": dict(zip(COLOURS, "赤い 緑の 青い 黄色い 紫の オレンジの".split(), strict=True)),
-        "background": dict(zip(BACKGROUNDS, "白い 灰色の 黒い ピンクの".split(), strict=True)),
-        "shape": dict(zip(SHAPES, "円 四角 三角 星".split(), strict=True)),
+        "colour": dict(
+            zip(COLOURS, ["赤い", "緑の", "青い", "黄色い", "紫の", "オレンジの"], strict=True)
+        ),
+        "background": dict(zip(BACKGROUNDS, ["白い", "灰色の", "黒い", "ピンクの"], strict=True)),
+        "shape": dict(zip(SHAPES, ["円", "四角", "三角", "星"], strict=True)),
         "size": {None: "", "small": "小さい", "large": "大きい"},
-        "relation": dict(zip(RELATIONS, "左 右 上 下".split(), strict=True)),
-        "number": dict(zip(NUMBERS, "一つ 二つ 三つ 四つ".split(), strict=True)),
+        "relation": dict(zip(RELATIONS, ["左", "右", "上", "下"], strict=True)),
+        "number": dict(zip(NUMBERS, ["一つ", "二つ", "三つ", "四つ"], strict=True)),
         "one": "{size}{colour}{shape}",
         "many": "{colour}{shape}が{number}",
         "relation form": "{0}が{1}の{relation}にある",
@@ -129,7 +132,7 @@ def make_scene(seed: int, split: str = "train") -> Scene:
     """The scene number `seed` of a split ("train", "val", "test" or "novel"), always the same."""
     rng = random.Random(f"{split}:{seed}")
     if split not in SPLITS:
-        raise ValueError(f"No split {split!r} of the scenes: choose from {', '.join(SPLITS)}.")
+        raise InputError(f"No split {split!r} of the scenes: choose from {', '.join(SPLITS)}.")
     pairs = sorted(PAIRS - NOVEL_PAIRS)
     kinds = rng.sample(pairs, rng.randint(2, 4))
     if split == "novel":

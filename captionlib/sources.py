@@ -6,6 +6,7 @@ the JSON of COCO and STAIR Captions. Used by processdata_01 and processdata_03.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -29,9 +30,10 @@ FORMATS = ("auto", "csv", "tsv", "coco")
 def read_captions(path, format: str = "auto", encoding: str = "utf-8") -> pd.DataFrame:
     """One row a caption: filename, caption[, url, split, lang, prompt], all text.
 
-    path: one table, several (a list), or one a split ({"train": path, ...}). format: "csv" or "tsv" with a header (zero_nlp's
-    text,url,filename is one), "coco" (COCO and STAIR JSON), "auto" by the name's ending. A table
-    with URLs and no file names gets names made from the URLs. Raises InputError.
+    path: one table, several (a list), or one a split ({"train": path, ...}). format: "csv" or
+    "tsv" with a header (zero_nlp's text,url,filename is one), "coco" (COCO and STAIR JSON), "auto"
+    by the name's ending. A table with URLs and no file names gets names made from the URLs.
+    Raises InputError.
     """
     if isinstance(path, dict):
         parts = [read_captions(p, format, encoding).assign(split=s) for s, p in path.items()]
@@ -96,11 +98,17 @@ def _read_coco(path: Path, format: str, encoding: str, rows: int) -> Iterator[pd
     images = {image["id"]: image for image in content["images"]}
     found = [(images[a["image_id"]], a["caption"]) for a in content["annotations"]]
     columns = {
-        "filename": [image["file_name"] for image, _ in found],
+        "filename": [_coco_name(image["file_name"]) for image, _ in found],
         "caption": [caption for _, caption in found],
         "url": [image.get("coco_url", "") for image, _ in found],
     }
     yield pd.DataFrame(columns, dtype=str)
+
+
+def _coco_name(name: str) -> str:
+    """COCO 2014 keeps its pictures in train2014/ and val2014/; the name says which."""
+    found = re.match(r"COCO_((?:train|val|test)\d{4})_", name)
+    return f"{found[1]}/{name}" if found else name
 
 
 def _with_our_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:

@@ -90,7 +90,7 @@ def check(recipe: Recipe) -> pd.DataFrame:
 
 
 def build(recipe: Recipe) -> datasets.DatasetDict:
-    """Clean the captions, split by image, pack the dataset; every row of the table accounted for."""
+    """Clean the captions, split by image, pack the dataset; every row is accounted for."""
     path = Path(recipe.data_dir) / "checks.parquet"
     if not path.exists():
         raise InputError(f"No {path}: it is written by processdata_02 (or: captionlib check).")
@@ -110,7 +110,7 @@ def build(recipe: Recipe) -> datasets.DatasetDict:
 
 
 def new_captioner(recipe: Recipe, data: datasets.DatasetDict) -> Captioner:
-    """Glue the recipe's halves; a tokenizer is trained on data["train"] where the recipe says so."""
+    """Glue the recipe's halves; where the recipe says so, train a tokenizer on data["train"]."""
     tokenizer = None
     if recipe.tokenizer:
         train = data["train"].select_columns(["captions", "prompts"])
@@ -130,7 +130,7 @@ def new_collator(recipe: Recipe, captioner: Captioner, **changes) -> CaptionColl
 
 
 def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) -> list[dict]:
-    """Train to the end, or go on from the last checkpoint; the log. A finished run is not redone."""
+    """Train, or go on from the last checkpoint; the log. A finished run is not trained again."""
     from captionlib import trainer  # Trainer is slow to import: only where it is used
 
     folder = Path(recipe.run_dir)
@@ -172,7 +172,7 @@ def _refuse_sides(train: datasets.Dataset) -> None:
 
 
 def finished(recipe: Recipe) -> list[dict]:
-    """The log of the recipe's finished run, or []. Raises InputError when another recipe made it."""
+    """The log of the recipe's finished run, or []. Raises InputError for another recipe's."""
     folder = Path(recipe.run_dir)
     before = folder / "recipe.yaml"
     if before.exists() and before.read_text("utf-8") != as_text(recipe):

@@ -6,6 +6,7 @@ model bring back every tensor (transformers 5 drops the encoder's silently); eac
 whole captioner. Used by train_encoder_decoder.
 """
 
+import errno
 import signal
 import threading
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import torch
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers import VisionEncoderDecoderModel as VED
@@ -104,11 +105,26 @@ class CaptionTrainer(Seq2SeqTrainer):
         super()._save(output_dir, state_dict)
         self.captioner.image_processor.save_pretrained(output_dir or self.args.output_dir)
 
+    def _save_checkpoint(self, model, trial):
+        with _full_disk_is_os_error(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_weights(model or self.model, resume_from_checkpoint)
 
     def _load_best_model(self):
         load_weights(self.model, self.state.best_model_checkpoint)
+
+
+@contextmanager
+def _full_disk_is_os_error(folder):
+    """safetensors and torch.save raise errors of their own where a file cannot be written."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if "I/O error" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, "no room for the model", str(folder)) from error
 
 
 def load_weights(model: VED, folder) -> None:
@@ -201,7 +217,8 @@ def train(
     with _interrupt_saves(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     captioner.model.eval()
-    captioner.save_pretrained(folder)
+    with _full_disk_is_os_error(folder):
+        captioner.save_pretrained(folder)
     trainer.save_state()
     return trainer.state.log_history
 

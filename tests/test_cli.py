@@ -1,0 +1,243 @@
+"""The command line on a user's own table, and a user's mistakes: one line, exit 2, nothing broken."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from conftest import TINY_GPT2, TINY_VIT
+
+from captionlib import cli, glue, load_dataset, read_captions, steps
+from captionlib.dataset import accounting
+from captionlib.recipe import bundled, load_recipe
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def prepared(workplace):
+    assert run("check", "--recipe", "tiny.yaml") == 0
+    assert run("build", "--recipe", "tiny.yaml") == 0
+
+
+def start(workplace, *arguments, **options):
+    """The command in a process group of its own, as a shell starts it."""
+    command = [sys.executable, "-m", "captionlib", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=workplace, start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+def test_a_users_own_photographs_from_csv_to_caption(workplace, capsys):
+    """The README's five lines."""
+    prepared(workplace)
+    assert run("train", "--recipe", "tiny.yaml") == 0
+    assert run("evaluate", "--recipe", "tiny.yaml") == 0
+    photos = sorted((workplace / "photos").iterdir())[:2]
+    capsys.readouterr()
+    assert run("caption", *photos, "--model", "run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [str(photo) for photo in photos]
+    scores = pd.read_csv("run/scores-test.csv")
+    assert set(scores.system) == {"model", "wrong images", "constant"}
+    # the same command again: the finished run is reused, another recipe's is not overwritten
+    before = (workplace / "run/model.safetensors").stat().st_mtime_ns
+    assert run("train", "--recipe", "tiny.yaml") == 0
+    assert (workplace / "run/model.safetensors").stat().st_mtime_ns == before
+    assert run("train", "--recipe", "tiny.yaml", "--set", "train.max_steps=9") == 2
+    assert "holds a run of another recipe" in capsys.readouterr().err
+
+
+def test_table_and_images_without_a_recipe(workplace, capsys):
+    assert run("check", "--table", "captions.csv", "--images", "photos") == 0
+    assert run("build", "--table", "captions.csv", "--images", "photos", "--lang", "en") == 0
+    assert set(load_dataset("data/my_data/dataset")["train"][0]["langs"]) == {"en"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "--table", "nowhere.csv", "--images", "photos"], "No captions table at"),
+        (["check", "--table", "nocolumn.csv", "--images", "photos"], "no column caption"),
+        (["check", "--table", "empty.csv", "--images", "photos"], "has no rows"),
+        (["check", "--table", "gbk.csv", "--images", "photos"], "--encoding gbk"),
+        (["check", "--table", "captions.csv", "--images", "void"], "No pictures in the folder"),
+        (["check", "--table", "captions.csv", "--images", "nodir"], "No pictures in the folder"),
+        (["build", "--table", "captions.csv", "--images", "photos"], "captionlib check"),
+        (["train", "--table", "captions.csv", "--images", "photos"], "captionlib build"),
+        (["check", "--recipe", "nowhere"], "No recipe 'nowhere'"),
+        (["check", "--recipe", "typo.yaml"], "unknown key 'tabel': did you mean 'table'?"),
+        (["check", "--recipe", "broken.yaml"], "is no YAML"),
+        (["check", "--recipe", "flickr8k"], "wants a folder: give it with --folder"),
+        (["check", "--recipe", "tiny.yaml", "--set", "train"], "write KEY=VALUE"),
+        (["caption", "a.png", "--model", "no-such/model"], "No captioner 'no-such/model'"),
+        (["caption", "void", "--model", "run"], "No pictures in the folder void"),
+        (["check", "--recipe", "tiny.yaml", "--data-dir", "captions.csv/x"], "Cannot write"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_a_remedy(workplace, arguments, message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (workplace / "nocolumn.csv").write_text("a,b\n1,2\n")
+    (workplace / "empty.csv").write_text("text,filename\n")
+    (workplace / "gbk.csv").write_bytes("text,filename\n一只猫,1.jpg\n".encode("gbk"))
+    (workplace / "void").mkdir()
+    (workplace / "typo.yaml").write_text("tabel: x.csv\n")
+    (workplace / "broken.yaml").write_text("a: [1\n")
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert len([line for line in error.splitlines() if line.startswith("captionlib: ")]) == 1
+
+
+def test_a_gbk_table_is_read_when_its_encoding_is_named(workplace):
+    name = next((workplace / "photos").iterdir()).name
+    (workplace / "gbk.csv").write_bytes(f"text,filename\n一只猫,{name}\n".encode("gbk"))
+    options = ["--table", "gbk.csv", "--images", "photos", "--encoding", "gbk", "--lang", "zh"]
+    assert run("check", *options) == 0
+    assert run("build", *options) == 0
+    assert load_dataset("data/my_data/dataset")["train"]["captions"][0] == ["一只猫"]
+
+
+def test_bad_rows_are_dropped_counted_and_write_nothing_outside(workplace):
+    with open("captions.csv", "a", encoding="utf-8") as table:
+        table.write('a thief,,../../thief.png\n"  ",,train-000001.png\n')
+        table.write("absolute,,/etc/hostname\n")
+        table.write(open("captions.csv", encoding="utf-8").readlines()[1])
+    assert run("check", "--recipe", "tiny.yaml") == 0
+    assert run("build", "--recipe", "tiny.yaml") == 0
+    states = accounting("data/dataset").set_index("state").rows
+    assert states["dropped: unsafe file name"] == 2
+    assert states["dropped: empty caption"] == 1
+    assert states["dropped: repeated caption"] == 1
+    assert states.sum() == len(read_captions("captions.csv"))
+
+
+def test_an_unreadable_image_is_listed_and_the_others_are_captioned(workplace, tokenizer, capsys):
+    glue(TINY_VIT, TINY_GPT2, tokenizer).save_pretrained("model")
+    (workplace / "bad.png").write_bytes(b"no picture")
+    good = sorted((workplace / "photos").iterdir())[0]
+    capsys.readouterr()
+    assert run("caption", "bad.png", good, "missing.png", "--model", "model") == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{good}\t")
+    assert "bad.png: not an image" in printed.err
+    assert "missing.png: no such file" in printed.err
+
+
+def test_a_captioner_of_several_languages_takes_lang(workplace, tokenizer, capsys):
+    glue(TINY_VIT, TINY_GPT2, tokenizer).save_pretrained("model")
+    photo = sorted((workplace / "photos").iterdir())[0]
+    assert run("caption", photo, "--model", "model", "--lang", "zh") == 2
+    (workplace / "model/recipe.yaml").write_text('prompt: "<{lang}>"\n')
+    assert run("caption", photo, "--model", "model", "--lang", "zh") == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is of Unix")
+@pytest.mark.parametrize(
+    ("command", "limit"), [("check", 1000), ("build", 20_000), ("train", 60_000)]
+)
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(workplace, command, limit):
+    """RLIMIT_FSIZE stands in for the full disk: a write beyond it fails with EFBIG."""
+    import resource
+
+    if command != "check":
+        assert run("check", "--recipe", "tiny.yaml") == 0
+    if command == "train":
+        assert run("build", "--recipe", "tiny.yaml") == 0
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start(workplace, command, "--recipe", "tiny.yaml", preexec_fn=full)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2, error
+    assert "Free some space" in error
+    assert "Traceback" not in error
+    assert not list(workplace.rglob("*.part"))
+    assert run(command, "--recipe", "tiny.yaml") == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups are of Unix")
+@pytest.mark.parametrize("command", ["check", "build"])
+@pytest.mark.parametrize("seconds", [0.5, 1.5])
+def test_ctrl_c_in_preparation_then_the_same_command_again(workplace, command, seconds):
+    if command == "build":
+        assert run("check", "--recipe", "tiny.yaml") == 0
+    process = start(workplace, command, "--recipe", "tiny.yaml")
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (130, 0, -signal.SIGINT), error  # -2: before Python could listen
+    assert not list(workplace.rglob("*.part"))
+    assert run(command, "--recipe", "tiny.yaml") == 0
+    if command == "build":
+        assert accounting("data/dataset").rows.sum() == len(read_captions("captions.csv"))
+    else:
+        assert len(pd.read_parquet("data/checks.parquet")) == 24
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups are of Unix")
+def test_ctrl_c_while_training_then_the_same_command_goes_on_as_if_never_stopped(workplace):
+    prepared(workplace)
+    options = [
+        "--recipe",
+        "tiny.yaml",
+        "--set",
+        "train.max_steps=60",
+        "--set",
+        "train.save_steps=100",
+    ]
+    assert run("train", *options, "--run-dir", "never") == 0
+    process = start(workplace, "train", *options)
+    while not (workplace / "run/recipe.yaml").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(2.0)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    if process.returncode == 130:  # a fast machine may have finished
+        assert "goes on from here" in error
+    assert run("train", *options) == 0
+    never, stopped = (
+        [e["loss"] for e in steps.finished(load_recipe("tiny.yaml", run_dir=folder, train=changes))
+         if "loss" in e]
+        for folder, changes in (("never", {"max_steps": 60, "save_steps": 100}),
+                                ("run", {"max_steps": 60, "save_steps": 100}))
+    )  # fmt: skip
+    assert stopped == never
+
+
+def test_every_bundled_recipe_loads_and_says_where_it_comes_from():
+    for name in bundled():
+        recipe = load_recipe(name, folder="somewhere")
+        assert recipe.name == name
+        path = cli.load_recipe.__globals__["_find"](name)
+        assert path.read_text("utf-8").startswith("#")
+        for word in ("Command", "Hardware"):
+            assert word in path.read_text("utf-8"), f"{name}.yaml does not say its {word}"
+
+
+def test_import_is_quick_and_brings_no_torch():
+    code = "import sys, captionlib; assert 'torch' not in sys.modules; captionlib.download"
+    start_time = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-c", "import captionlib, sys; assert 'torch' not in sys.modules"],
+        check=True,
+    )
+    assert time.perf_counter() - start_time < 5
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_functions_win_over_modules_of_the_same_name():
+    import captionlib
+    import captionlib.download
+    import captionlib.glue
+
+    assert callable(captionlib.download)
+    assert callable(captionlib.glue)
