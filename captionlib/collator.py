@@ -69,7 +69,8 @@ class CaptionCollator:
 
     captions_per_image: how many of an image's captions a packed or separate visit takes, drawn at
     random; None takes all. augment: "crop" (a random part of at least 0.6 of the area), "crop+flip"
-    (and mirrored half the time: not where captions say left or right).
+    (and mirrored half the time: not where captions say left or right). What is drawn depends on
+    `seed` and the number of the batch alone, so that a resumed training draws the same.
 
     Returns pixel_values uint8 [B, 3, H, W], decoder_input_ids and labels int64 [B, L], and for the
     modes that are not packed decoder_attention_mask int64 [B, L].
@@ -82,7 +83,8 @@ class CaptionCollator:
     captions_per_image: int | None = None
     max_length: int = 64
     augment: str = "none"
-    seed: int | None = None
+    seed: int = 0
+    visit: int = 0  # batches made before; the trainer sets it when it resumes
     rng: np.random.Generator = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -93,9 +95,11 @@ class CaptionCollator:
         for name in ("eos_token_id", "pad_token_id"):
             if getattr(self.tokenizer, name) is None:
                 raise InputError(f"The tokenizer has no {name}: glue() sets one.")
-        self.rng = np.random.default_rng(self.seed)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        worker = torch.utils.data.get_worker_info()
+        self.rng = np.random.default_rng([self.seed, self.visit, worker.id if worker else 0])
+        self.visit += 1
         chosen = [self._choose(row) for row in rows]
         pieces = self._encode(chosen)
         images = torch.stack([self.transform(self._open(row["image"])) for row in rows])

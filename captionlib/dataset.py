@@ -188,6 +188,7 @@ def shrink(image: Image.Image, stored_size: int) -> Image.Image:
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """The picture as JPEG (quality 1-95)."""
     out = io.BytesIO()
     # Colours at full resolution below 128 px: there, halving them blurs what is to be learnt.
     image.save(out, "JPEG", quality=quality, subsampling=0 if min(image.size) < 128 else 2)

@@ -53,7 +53,10 @@ def run_notebook(source: Path, target: Path) -> None:
     """Execute `source` in its own folder and write the executed copy to `target`."""
     notebook = nbformat.read(source, as_version=4)
     client = NotebookClient(
-        notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(source.parent)}}
+        notebook,
+        timeout=CELL_SECONDS,
+        resources={"metadata": {"path": str(source.parent)}},
+        extra_arguments=["--log-level=ERROR"],  # of the kernel, which runs on loopback
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

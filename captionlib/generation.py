@@ -62,6 +62,7 @@ class Captioner:
     def from_pretrained(cls, path, device: str = "auto") -> "Captioner":
         """A saved folder or a hub name. Raises InputError when there is none."""
         path = str(path)
+        refuse_missing_folder("captioner", path)
         try:
             model = load_model(path)
             processor = AutoImageProcessor.from_pretrained(path, backend="pil")
@@ -224,6 +225,15 @@ def load_model(path) -> VED:
     if getattr(model.encoder, "pooler", None) is not None:
         model.encoder.pooler = None
     return model
+
+
+def refuse_missing_folder(what: str, name: str) -> None:
+    """InputError for a name that can only be a folder, and is none: no hub is asked for it."""
+    path = Path(name)
+    beside = path.parent != Path() and path.parent.is_dir()
+    no_hub_name = path.is_absolute() or name[:1] in ".~" or len(path.parts) > 2 or "\\" in name
+    if (beside or no_hub_name) and not path.exists():
+        raise InputError(f"No {what} {name!r}: there is no such folder.")
 
 
 def not_loaded(what: str, path: str, error: Exception) -> str:

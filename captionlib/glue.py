@@ -17,7 +17,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,8 +25,10 @@ from transformers import (
 from transformers import VisionEncoderDecoderModel as VED
 
 from captionlib.errors import InputError
-from captionlib.generation import Captioner, not_loaded
+from captionlib.generation import Captioner, not_loaded, refuse_missing_folder
+from captionlib.tokenization import load_tokenizer
 
+ODD = "\U0001f996\u9f98"  # a dinosaur and a rare character: unknown to nearly every vocabulary
 Half = str | dict | PreTrainedConfig  # a hub name or folder, or a configuration: random weights
 
 
@@ -47,7 +48,7 @@ def glue(
     """
     torch.manual_seed(seed)
     if tokenizer is None:
-        tokenizer = _load(AutoTokenizer.from_pretrained, "tokenizer", decoder)
+        tokenizer = _load(load_tokenizer, "tokenizer", decoder)
     ids = special_ids(tokenizer)
     encoder_half = _load_encoder(encoder)
     decoder_half = _load_decoder(decoder, tokenizer, ids)
@@ -73,9 +74,9 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     if eos is None:
         raise InputError("The tokenizer has neither an EOS nor a SEP token: captions never end.")
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id == eos != start:
+    if eos in tokenizer(ODD, add_special_tokens=False)["input_ids"] and eos != start:
         raise InputError(
-            f"The tokenizer gives unknown words the id of EOS ({eos}): every one would end a "
+            f"The tokenizer gives unknown characters the id of EOS ({eos}): each would end a "
             "caption. Rebuild it with an unknown token of its own."
         )
     if tokenizer.eos_token_id is None:
@@ -94,6 +95,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def _load(load, what: str, name, **arguments):
     if not isinstance(name, str):
         raise InputError(f"A half that is only a configuration has no {what}: give one.")
+    refuse_missing_folder(what, name)
     try:
         return load(name, **arguments)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

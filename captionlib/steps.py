@@ -67,11 +67,9 @@ def _write_scene_table(recipe: Recipe, url: str) -> None:
 def known_downloads(recipe: Recipe) -> pd.DataFrame:
     """The outcomes `download` left, without downloading; empty where the pictures were there."""
     path = Path(recipe.data_dir) / "downloads.parquet"
-    return (
-        pd.read_parquet(path)
-        if path.exists()
-        else pd.DataFrame(columns=["filename", "status", "reason"])
-    )
+    if not path.exists():
+        return pd.DataFrame(columns=["filename", "status", "reason"])
+    return pd.read_parquet(path)
 
 
 def check(recipe: Recipe) -> pd.DataFrame:
@@ -122,10 +120,9 @@ def new_captioner(recipe: Recipe, data: datasets.DatasetDict) -> Captioner:
 
 def new_collator(recipe: Recipe, captioner: Captioner, **changes) -> CaptionCollator:
     """The collator of the recipe's section `train`."""
-    names = (*COLLATOR_KEYS, "seed")
-    options = {name: recipe.train[name] for name in names if name in recipe.train} | changes
+    options = {key: recipe.train[key] for key in COLLATOR_KEYS if key in recipe.train}
     return CaptionCollator(
-        captioner.tokenizer, captioner.transform, captioner.start_ids(None)[0], **options
+        captioner.tokenizer, captioner.transform, captioner.start_ids(None)[0], **options | changes
     )
 
 

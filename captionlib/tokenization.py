@@ -4,11 +4,12 @@ Special ids are never guessed: pad, BOS, EOS and unknown are four tokens of a tr
 Used by processdata_03 (lengths), the collator and the captioner.
 """
 
+import json
 import re
 from collections.abc import Iterable
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from captionlib.captions import CJK, join_cjk
 from captionlib.errors import InputError
@@ -76,6 +77,26 @@ def _unigram(vocab_size: int, special: list[str]):
 
 
 _KINDS = {"char": _char, "bpe": _bpe, "unigram": _unigram}
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """AutoTokenizer, with SentencePiece tokenizers of T5's class mended where they are wrong.
+
+    transformers 5 gives unknown pieces the id 2 whatever the vocabulary says, which in the layout
+    <unk> <s> </s> [PAD] of rinna/japanese-gpt2-medium is EOS; and it forgets `do_lower_case`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else {"model": {"type": None}}
+    unknown = tokenizer.unk_token_id
+    if state["model"]["type"] != "Unigram" or unknown in (None, state["model"]["unk_id"]):
+        return tokenizer
+    state["model"]["unk_id"] = unknown
+    if tokenizer.init_kwargs.get("do_lower_case"):
+        steps = [step for step in (state["normalizer"], {"type": "Lowercase"}) if step]
+        state["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    mended = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=mended, **tokenizer.special_tokens_map)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -60,6 +60,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         )
         self.captioner = captioner
         self.eval_collator = eval_collator or collator
+        self.add_callback(_SameDraws(collator))
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch
 
     def get_eval_dataloader(self, eval_dataset=None):
@@ -152,6 +153,16 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, **_):
         if self.show:
             self.show(state.log_history)
+
+
+class _SameDraws(TrainerCallback):
+    """Lets the collator go on counting where the checkpoint's run was."""
+
+    def __init__(self, collator: CaptionCollator):
+        self.collator = collator
+
+    def on_train_begin(self, args, state, control, **_):
+        self.collator.visit = state.global_step * args.gradient_accumulation_steps
 
 
 class _SaveAndStop(TrainerCallback):

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test asks a hub
+
 import pytest
 
 from captionlib import glue, scenes, train_tokenizer
@@ -21,6 +23,16 @@ TINY_GPT2 = {
     "model_type": "gpt2", "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2,
     "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
 }  # fmt: skip
+
+
+def pytest_terminal_summary(terminalreporter):
+    """In CI (CAPTIONLIB_CI=1) only tests marked gpu or shared may be skipped."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    excused = {"gpu", "shared"}
+    wrong = [report.nodeid for report in skipped if not excused & set(report.keywords)]
+    if wrong and os.environ.get("CAPTIONLIB_CI") == "1":
+        terminalreporter.write_line(f"Skipped without an excuse: {', '.join(wrong)}", red=True)
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_collection_modifyitems(items):

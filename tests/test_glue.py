@@ -9,17 +9,21 @@ from conftest import TINY_GPT2, TINY_VIT
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoTokenizer,
     BartConfig,
     BertConfig,
     BertLMHeadModel,
+    BertTokenizer,
     GPT2LMHeadModel,
     OPTConfig,
+    T5Tokenizer,
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
 
 from captionlib import Captioner, glue, scenes
 from captionlib.errors import InputError
+from captionlib.tokenization import decode, encode
 
 PICTURES = [scenes.draw(scenes.make_scene(number)) for number in range(3)]
 IDS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
@@ -54,6 +58,42 @@ def test_pretrained_weights_arrive_and_ids_are_equal_in_both_configs(checkpoints
         assert value is not None
         assert getattr(captioner.model.generation_config, name) == value
     assert captioner.model.encoder.pooler is None
+
+
+def test_zero_nlps_halves_vit_and_a_gpt2_with_berts_vocabulary(checkpoints):
+    """The classes of google/vit-base-patch16-224 and yuanzhoulvpi/gpt2_chinese (zero_nlp.yaml)."""
+    folder = checkpoints[0] / "gpt2_chinese"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"一只黑猫在睡觉。"]
+    chinese = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    GPT2LMHeadModel(make_config(TINY_GPT2 | {"vocab_size": len(words)})).save_pretrained(folder)
+    chinese.save_pretrained(folder)
+    captioner = glue(str(checkpoints[0] / "vit"), str(folder))
+    assert captioner.start_ids(None) == [2]  # [CLS]
+    assert captioner.model.generation_config.eos_token_id == 3  # [SEP]
+    ids = encode(captioner.tokenizer, ["一只黑猫在睡觉。"])[0]
+    assert decode(captioner.tokenizer, [2, *ids, 3]) == "一只黑猫在睡觉。"
+    assert all(" " not in text for text in captioner.caption(PICTURES, max_new_tokens=6))
+
+
+def test_the_japanese_halves_vit_and_a_gpt2_with_sentencepiece(checkpoints):
+    """The classes of rinna/japanese-gpt2-medium (stair.yaml): <unk> is 0 and </s> is 2."""
+    folder = checkpoints[0] / "rinna"
+    pieces = ["<unk>", "<s>", "</s>", "[PAD]", "\u2581", "の", "靴", "nike", "犬"]
+    t5 = T5Tokenizer(
+        vocab=[(piece, -float(number)) for number, piece in enumerate(pieces)],
+        unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="[PAD]", extra_ids=0,
+        do_lower_case=True,
+    )  # fmt: skip
+    GPT2LMHeadModel(make_config(TINY_GPT2 | {"vocab_size": len(pieces)})).save_pretrained(folder)
+    t5.save_pretrained(folder)
+    assert 2 in encode(AutoTokenizer.from_pretrained(folder), ["龘の靴"])[0]  # stock: EOS
+    captioner = glue(str(checkpoints[0] / "vit"), str(folder))
+    captioner.save_pretrained(checkpoints[0] / "saved")
+    for tokenizer in (captioner.tokenizer, AutoTokenizer.from_pretrained(checkpoints[0] / "saved")):
+        assert encode(tokenizer, ["NIKEの靴"]) == [[4, 7, 5, 6]]
+        assert encode(tokenizer, ["龘の靴"]) == [[4, 0, 5, 6]]
+        assert tokenizer.eos_token_id == 2
+    assert captioner.start_ids(None) == [1]
 
 
 def test_bert_is_a_decoder_too(tokenizer, tmp_path):
@@ -147,8 +187,8 @@ def test_a_tokenizer_whose_unknown_is_eos_is_refused(tokenizer):
     import copy
 
     broken = copy.deepcopy(tokenizer)
-    broken.unk_token = broken.eos_token
-    with pytest.raises(InputError, match="gives unknown words the id of EOS"):
+    broken.backend_tokenizer.model.unk_token = broken.eos_token
+    with pytest.raises(InputError, match="gives unknown characters the id of EOS"):
         glue(TINY_VIT, TINY_GPT2, broken)
 
 

@@ -1,4 +1,4 @@
-"""The house rules: the README's tree and numbers, the size of the core, imports in one direction."""
+"""The house rules: the README's tree, the size of the core, imports in one direction."""
 
 import ast
 import io

@@ -1,4 +1,4 @@
-"""The drawn scenes: their captions are true, `is_true` catches false ones, the server misbehaves."""
+"""The drawn scenes: their captions are true, `is_true` catches false ones."""
 
 import time
 from collections import Counter

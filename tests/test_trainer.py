@@ -14,10 +14,10 @@ ROWS = [
 ]
 
 
-def train(tokenizer, folder, resume=None, rows=ROWS, mode="packed", **options):
+def train(tokenizer, folder, resume=None, rows=ROWS, mode="packed", augment="none", **options):
     captioner = glue(TINY_VIT, TINY_GPT2, tokenizer, seed=5)
     start = captioner.start_ids(None)[0]
-    collator = CaptionCollator(tokenizer, captioner.transform, start, mode)
+    collator = CaptionCollator(tokenizer, captioner.transform, start, mode, augment=augment)
     defaults = {
         "max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 2,
         "learning_rate": 1e-3, "save_total_limit": None, "use_cpu": True, "disable_tqdm": True,
@@ -45,7 +45,8 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("muon", [0.0, 0.02])
 def test_resuming_equals_never_stopping(tokenizer, tmp_path, muon):
-    options = {"muon_learning_rate": muon}
+    """Also in what is drawn at random: the caption of an image, the part of it that is seen."""
+    options = {"muon_learning_rate": muon, "mode": "sampled", "augment": "crop"}
     never, trainer = train(tokenizer, tmp_path / "never", **options)
     resumed, again = train(
         tokenizer, tmp_path / "again", resume=str(tmp_path / "never/checkpoint-2"), **options
