@@ -30,7 +30,7 @@ lab: setup  ## JupyterLab on the notebooks
 notebooks: setup  ## run the five notebooks in place, from nothing, and clean what git would see
 	rm -rf data/scenes runs/scenes
 	for name in processdata_01 processdata_02 processdata_03 train_encoder_decoder infer_encoder_decoder; do \
-		$(BIN)/jupyter execute --inplace --timeout=900 notebooks/$$name.ipynb || exit 1; done
+		TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace --timeout=900 notebooks/$$name.ipynb || exit 1; done
 	$(BIN)/nbstripout --keep-output notebooks/*.ipynb
 
 figures:  ## images/ from the pictures that the notebooks drew

@@ -4,6 +4,7 @@ The notebooks are run as copies, in the recipe's run folder; the committed ones 
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def run_notebook(source: Path, target: Path) -> None:
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        client.execute()
+        client.execute(env=os.environ | {"TQDM_DISABLE": "1"})
     except CellExecutionError as error:
         raise InputError(
             f"The notebook {source.name} stopped: {error.ename}: {error.evalue}"
@@ -76,6 +77,7 @@ def report(recipe: Recipe) -> str:
         entry["loss"] for entry in json.loads((folder / "log.json").read_text()) if "loss" in entry
     ]
     scores = pd.read_csv(folder / "scores-test.csv")
+    novel = pd.read_csv(folder / "scores-novel.csv").query("system == 'model'")
     pictures = sorted((folder / "figures").glob("*.png"))
     lines = [
         "",
@@ -84,8 +86,11 @@ def report(recipe: Recipe) -> str:
         "Scores on the test split (true: share of captions that hold of their picture):",
         scores.round(3).to_string(index=False),
         "",
+        "The same of scenes with a shape and a colour that never met in training:",
+        novel[["lang", "images", "true"]].round(3).to_string(index=False),
+        "",
         f"{SHOWN} test images, generated and reference captions:",
-        *_examples(pd.read_csv(folder / "captions-test.csv")),
+        *_examples(pd.read_csv(folder / "captions-test.csv", keep_default_na=False)),
         "",
         "Pictures:",
         *(f"  {path}" for path in pictures),

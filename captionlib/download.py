@@ -19,11 +19,11 @@ from pathlib import Path
 
 import aiohttp
 import pandas as pd
-from tqdm.auto import tqdm
 
 import captionlib
 from captionlib.errors import InputError
 from captionlib.images import ImageError
+from captionlib.shards import progress_bar
 from captionlib.sources import safe_path
 
 LEDGER_COLUMNS = [
@@ -116,7 +116,7 @@ async def _download_all(
 ) -> None:
     waiting = iter(todo)
     finished: list[tuple] = []
-    bar = tqdm(total=total, initial=total - len(todo), desc="download", unit="url", disable=None)
+    bar = progress_bar(total, "download", total - len(todo))
 
     async def work() -> None:
         for row in waiting:

@@ -3,9 +3,12 @@
 import datasets
 import transformers
 
+from captionlib.plots import use_fonts
 
-def quiet() -> None:
-    """No progress bars of `datasets` and `transformers`, and none of their warnings."""
+
+def prepare() -> None:
+    """No progress bars or warnings of `datasets` and `transformers`; a font for zh and ja."""
+    use_fonts()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -4,6 +4,7 @@ Takes plain values (images, lists, DataFrames), never a model. Used by all noteb
 """
 
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ _CJK_FONTS = (
     "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "Hiragino Sans",
     "PingFang SC", "Yu Gothic", "Microsoft YaHei", "SimHei", "MS Gothic", "Arial Unicode MS",
 )  # fmt: skip
+LOSS_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 COLOURS = {"ok": "#2a9d8f", "bad": "#e76f51", "quiet": "#bfbfbf", "mark": "#264653"}
 
 
@@ -48,9 +50,10 @@ def show_images(images, titles=None, columns: int = 6, side: float = 1.6) -> Fig
     )
     for axis in axes.flat:
         axis.axis("off")
+    width = int(side * 15)  # characters of 7 points on that many inches
     for i, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
         axis.imshow(image)
-        axis.set_title(titles[i] if titles else "", fontsize=7, wrap=True)
+        axis.set_title(fill(titles[i], width) if titles else "", fontsize=7)
     figure.tight_layout()
     return figure
 
@@ -78,15 +81,15 @@ def show_lengths(lengths: dict[str, list[int]], unit: str) -> Figure:
     return figure
 
 
-def show_labels(inputs: list[str], labels: list[str], limit: int = 24) -> Figure:
+def show_labels(inputs: list[str], labels: list[str], eos: str, limit: int = 24) -> Figure:
     """The labels table: each input token over the token it must predict.
 
-    inputs, labels: one text a position; an ignored label is "". EOS is marked, ignored is grey.
+    inputs, labels: one text a position; an ignored label is "" (grey); the label `eos` is red.
     """
     inputs, labels = inputs[:limit], labels[:limit]
     figure, axis = plt.subplots(figsize=(0.62 * len(inputs) + 0.8, 1.1))
-    colour = {"": COLOURS["quiet"], "</s>": COLOURS["bad"]}
-    cells = [[COLOURS["quiet"] if not t else "#ffffff" for t in inputs]]
+    colour = {"": COLOURS["quiet"], eos: COLOURS["bad"]}
+    cells = [["#ffffff"] * len(inputs)]
     cells.append([colour.get(text, COLOURS["ok"]) for text in labels])
     table = axis.table(
         [inputs, [text or "ignored" for text in labels]],
@@ -114,6 +117,9 @@ def show_losses(history: list[dict], smooth: int = 5) -> Figure:
     if val:
         axis.plot(*zip(*val, strict=True), "o-", color=COLOURS["bad"], markersize=3, label="val")
     axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
+    axis.set_yticks([value for value in LOSS_TICKS if axis.get_ylim()[0] < value])
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.legend()
     return figure
 
@@ -128,11 +134,12 @@ def show_truth_curve(curve: pd.DataFrame) -> Figure:
     return figure
 
 
-def show_heat_maps(image, words: list[str], maps: np.ndarray, columns: int = 8) -> Figure:
+def show_heat_maps(image, words: list[str], maps: np.ndarray, columns: int = 10) -> Figure:
     """The picture, then one copy a word with where the decoder looked laid over it.
 
     image: PIL, RGB; maps: float [words, H, W], on the encoder's grid.
     """
+    columns = min(columns, len(words) + 1)
     rows = -(-(len(words) + 1) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns, 1.55 * rows), squeeze=False)
     for axis in axes.flat:

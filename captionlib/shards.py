@@ -9,11 +9,12 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 SHARD_SIZE = 1000  # items; a stopped run repeats at most this many a worker
 
@@ -38,8 +39,8 @@ def run_shards(
     names = [_shard_name(prefix, i, shard, key, arguments) for i, shard in enumerate(shards)]
     files = [Path(out_dir) / name for name in names]
     todo = {file: shard for file, shard in zip(files, shards, strict=True) if not file.exists()}
-    with tqdm(total=len(items), desc=function.__name__.strip("_"), disable=None) as bar:
-        bar.update(len(items) - sum(map(len, todo.values())))
+    done = len(items) - sum(map(len, todo.values()))
+    with progress_bar(len(items), function.__name__.strip("_").replace("_", " "), done) as bar:
         for file in _run(function, todo, workers, arguments):
             bar.update(len(todo[file]))
     for stale in set(Path(out_dir).glob(f"{prefix}*.parquet")) - set(files):
@@ -77,6 +78,13 @@ def _ignore_interrupt() -> None:
 def _shard_name(prefix: str, i: int, shard: Sequence, key: Callable, arguments: dict) -> str:
     text = "\n".join([*map(key, shard), repr(sorted(arguments.items()))])
     return f"{prefix}{i:05d}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.parquet"
+
+
+def progress_bar(total: int, description: str, done: int = 0) -> tqdm:
+    """A bar on a terminal and in Jupyter, none in a log file; TQDM_DISABLE=1 hides it anywhere."""
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    hidden = not watched or os.environ.get("TQDM_DISABLE") == "1"
+    return tqdm(total=total, initial=done, desc=description, disable=hidden)
 
 
 def write_atomic(path, write: Callable) -> None:

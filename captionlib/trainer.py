@@ -17,12 +17,19 @@ from pathlib import Path
 import datasets
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+)
 from transformers import VisionEncoderDecoderModel as VED
 
 from captionlib.collator import IGNORE, CaptionCollator
 from captionlib.generation import Captioner, load_model
 from captionlib.optimizer import MuonAdamW
+from captionlib.shards import progress_bar
 
 
 @dataclass
@@ -155,6 +162,25 @@ class Watch(TrainerCallback):
             self.show(state.log_history)
 
 
+class _Progress(TrainerCallback):
+    """A bar over the steps, and one line an evaluation, instead of a line a log."""
+
+    def on_train_begin(self, args, state, control, **_):
+        self.bar = progress_bar(state.max_steps, "train", state.global_step)
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "eval_loss" in logs:
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            train = f"loss {losses[-1]:.3f}, " if losses else ""
+            tqdm.write(f"step {state.global_step}: {train}eval_loss {logs['eval_loss']:.3f}")
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+
 class _SameDraws(TrainerCallback):
     """Lets the collator go on counting where the checkpoint's run was."""
 
@@ -214,6 +240,7 @@ def train(
     Goes on from the last checkpoint in `args.output_dir`, if there is one. Ctrl-C saves a
     checkpoint and raises KeyboardInterrupt. At the end the captioner is saved in output_dir.
     """
+    args.disable_tqdm = True
     trainer = CaptionTrainer(
         captioner,
         args,
@@ -221,8 +248,9 @@ def train(
         train_dataset=undecoded(data["train"]),
         eval_dataset=undecoded(data["val"]) if "val" in data else None,
         eval_collator=eval_collator,
-        callbacks=list(callbacks),
+        callbacks=[_Progress(), *callbacks],
     )
+    trainer.remove_callback(PrinterCallback)
     folder = Path(args.output_dir)
     checkpoint = last_checkpoint(folder)
     with _interrupt_saves(trainer):
