@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from captionlib.errors import InputError
-from captionlib.recipe import Recipe, bundled, load_recipe
+from captionlib.recipe import Recipe, bundled, load_recipe, read_yaml
 
 SHOWN = 10  # failed items listed; the table in the data folder has all
 
@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         where = f" {error.filename}" if error.filename else ""
         return _say(f"Cannot write or read{where}: {error.strerror}. {_remedy(error.errno)}")
     except sqlite3.OperationalError as error:
-        return _say(f"Cannot write the ledger of downloads: {error}. {_remedy(errno.ENOSPC)}")
+        number = errno.ENOSPC if "full" in str(error) or "I/O" in str(error) else errno.EACCES
+        return _say(f"Cannot write the ledger of downloads: {error}. {_remedy(number)}")
 
 
 def _say(text: str) -> int:
@@ -105,8 +106,12 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         *sections, last = key.split(".")
         place = changes
         for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = yaml.safe_load(value)
+            place[section] = place.get(section) or {}
+            place = place[section]
+        try:
+            place[last] = read_yaml(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set {each}: {value} is no YAML value.") from None
     default = "my_data" if arguments.table else None  # a table of one's own is not the scenes
     return load_recipe(arguments.recipe or default, **changes)
 

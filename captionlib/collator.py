@@ -69,8 +69,9 @@ class CaptionCollator:
 
     captions_per_image: how many of an image's captions a packed or separate visit takes, drawn at
     random; None takes all. augment: "crop" (a random part of at least 0.6 of the area), "crop+flip"
-    (and mirrored half the time: not where captions say left or right). What is drawn depends on
-    `seed` and the number of the batch alone, so that a resumed training draws the same.
+    (and mirrored half the time: not where captions say left or right). Without
+    loader workers, what is drawn depends on `seed` and the number of the batch alone, so that a
+    resumed training draws the same.
 
     Returns pixel_values uint8 [B, 3, H, W], decoder_input_ids and labels int64 [B, L], and for the
     modes that are not packed decoder_attention_mask int64 [B, L].
@@ -98,7 +99,8 @@ class CaptionCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         worker = torch.utils.data.get_worker_info()
-        self.rng = np.random.default_rng([self.seed, self.visit, worker.id if worker else 0])
+        process = worker.seed % 2**32 if worker else 0  # a worker's differs in every epoch
+        self.rng = np.random.default_rng([self.seed, self.visit, process])
         self.visit += 1
         chosen = [self._choose(row) for row in rows]
         pieces = self._encode(chosen)

@@ -7,6 +7,7 @@ as JPEG bytes inside Parquet files, which `datasets` opens. Used by processdata_
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -20,6 +21,7 @@ from captionlib.shards import run_shards, write_atomic
 from captionlib.sources import safe_path
 
 SPLITS = ("train", "val", "test")
+WORD = re.compile(r"\w+").fullmatch  # a split's name is part of its files' names
 FEATURES = datasets.Features(
     {
         "filename": datasets.Value("string"),
@@ -57,6 +59,8 @@ def build_dataset(
     Also writes `rows.parquet`: the table with a column `state`, either the split a row went to or
     "dropped: reason"; `accounting` counts it.
     """
+    out_dir = Path(out_dir)
+    (out_dir / "rows.parquet").unlink(missing_ok=True)  # written last: without it nothing loads
     rows = _states(table, checks, Path(images_dir), dict(failed_downloads), max_chars)
     rows["lang"] = rows["lang"].replace("", lang) if "lang" in rows else lang
     if "prompt" not in rows:
@@ -67,7 +71,6 @@ def build_dataset(
     if kept.empty:
         reasons = rows.state.value_counts().head(3).to_dict()
         raise InputError(f"No caption with a usable image is left of {len(rows)} rows: {reasons}.")
-    out_dir = Path(out_dir)
     options = {"images_dir": str(images_dir), "stored_size": stored_size, "quality": quality}
     for split, part in kept.groupby("state", sort=False):
         run_shards(
@@ -85,9 +88,9 @@ def load_dataset(path) -> datasets.DatasetDict:
     files: dict[str, list[str]] = {}
     for file in sorted(Path(path).glob("*-*.parquet")):
         files.setdefault(file.name.split("-")[0], []).append(str(file))
-    if not files:
+    if not files or not (Path(path) / "rows.parquet").exists():
         raise InputError(
-            f"No dataset at {path}. It is written by notebooks/processdata_03.ipynb "
+            f"No finished dataset at {path}. It is written by notebooks/processdata_03.ipynb "
             "(or: captionlib build)."
         )
     datasets.disable_progress_bars()  # opening takes a moment
@@ -142,24 +145,48 @@ def _assign_splits(rows: pd.DataFrame, val: float, test: float, seed: int) -> No
     """The official split where the table has one; else by a hash of the picture, never by row."""
     usable = rows.state == ""
     if "split" in rows:
-        rows["split"] = rows.split.replace({"valid": "val", "validation": "val", "dev": "val"})
-        official = usable & (rows.split.fillna("") != "")
-        rows.loc[official, "state"] = rows.split[official]
-        usable &= ~official
+        names = rows["split"].fillna("").str.strip().str.lower()
+        rows["split"] = names.replace({"valid": "val", "validation": "val", "dev": "val"})
+        _keep_official_splits(rows, usable)
+        usable = rows.state == ""
     groups = sorted(
         rows.sha256[usable].unique(),
         key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest(),
     )
-    n_test, n_val = round(len(groups) * test), round(len(groups) * val)
+    n_test, n_val = (_share(len(groups), share) for share in (test, val))
     split_of = dict.fromkeys(groups, "train")
     split_of |= dict.fromkeys(groups[n_test : n_test + n_val], "val")
     split_of |= dict.fromkeys(groups[:n_test], "test")
     rows.loc[usable, "state"] = rows.sha256[usable].map(split_of)
 
 
+def _share(groups: int, share: float) -> int:
+    """So many of the groups: at least one where a share is asked for and three are there."""
+    return max(round(groups * share), int(share > 0 and groups >= 3))
+
+
+def _keep_official_splits(rows: pd.DataFrame, usable: pd.Series) -> None:
+    """Give rows the split the table names; a picture named in two stays in its first one."""
+    wrong = sorted(
+        set(rows["split"][usable]) - {""} - {name for name in rows["split"] if WORD(name)}
+    )
+    if wrong:
+        raise InputError(f"The split {wrong[0]!r} of the table is no name: use train, val, test.")
+    named = rows[usable & (rows["split"] != "")]
+    first = named.drop_duplicates("sha256").set_index("sha256")["split"]
+    split = rows.sha256.map(first)  # a picture's rows without a split follow the ones with
+    other = usable & (rows["split"] != "") & (rows["split"] != split)
+    rows.loc[usable & split.notna(), "state"] = split
+    rows.loc[other, "state"] = "dropped: picture is in another split"
+
+
 def _one_row_an_image(part: pd.DataFrame) -> list[dict]:
     names = {"caption": "captions", "prompt": "prompts", "lang": "langs"}
-    lists = part.groupby("filename", sort=False)[list(names)].agg(list).rename(columns=names)
+    lists = (
+        part.groupby(["filename", "sha256"], sort=False)[list(names)]
+        .agg(list)
+        .rename(columns=names)
+    )
     return lists.reset_index().to_dict("records")
 
 

@@ -5,13 +5,15 @@ The notebooks are run as copies, in the recipe's run folder; the committed ones 
 
 import json
 import os
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from captionlib.errors import InputError
 from captionlib.recipe import Recipe, root
@@ -25,6 +27,7 @@ NOTEBOOKS = (
     "infer_encoder_decoder",
 )
 CELL_SECONDS = 1800  # a cell that takes longer is stuck
+INTERRUPT_SECONDS = 60  # to save and stop
 SHOWN = 8  # test images in the report
 
 
@@ -33,25 +36,25 @@ def run(recipe: Recipe) -> str:
     folder = root() / "notebooks"
     if not (folder / f"{NOTEBOOKS[0]}.ipynb").exists():
         raise InputError(f"No notebooks at {folder}: run the demo in a clone of the repository.")
-    had = "captions.csv" in {path.name for path in Path(recipe.data_dir).glob("*")}
-    print(f"Data in {recipe.data_dir}: {'reused' if had else 'made now'}.")
-    print(
-        f"Run in {recipe.run_dir}: {'reused' if finished(recipe) else 'trained now'}.", flush=True
-    )
+    for what, path in (
+        ("Data", Path(recipe.dataset_dir) / "rows.parquet"),
+        ("Run", Path(recipe.run_dir) / "log.json"),
+    ):
+        print(f"{what} in {path.parent}: {'reused' if path.exists() else 'made now'}.", flush=True)
     for name in NOTEBOOKS:
         start = time.monotonic()
         print(f"{name} ...", end=" ", flush=True)
-        run_notebook(folder / f"{name}.ipynb", Path(recipe.run_dir) / "notebooks" / f"{name}.ipynb")
+        target = Path(recipe.run_dir) / "notebooks" / f"{name}.ipynb"
+        run_notebook(folder / f"{name}.ipynb", target, recipe.name)
         print(f"{time.monotonic() - start:.0f} s", flush=True)
     return report(recipe)
 
 
-def finished(recipe: Recipe) -> bool:
-    return (Path(recipe.run_dir) / "log.json").exists()
+def run_notebook(source: Path, target: Path, recipe: str | None = None) -> None:
+    """Execute `source` in its own folder and write the executed copy to `target`.
 
-
-def run_notebook(source: Path, target: Path) -> None:
-    """Execute `source` in its own folder and write the executed copy to `target`."""
+    Ctrl-C interrupts the running cell, which may still save, and raises KeyboardInterrupt.
+    """
     notebook = nbformat.read(source, as_version=4)
     client = NotebookClient(
         notebook,
@@ -59,15 +62,23 @@ def run_notebook(source: Path, target: Path) -> None:
         resources={"metadata": {"path": str(source.parent)}},
         extra_arguments=["--log-level=ERROR"],  # of the kernel, which runs on loopback
     )
+    env = os.environ | {"TQDM_DISABLE": "1"} | ({"CAPTIONLIB_RECIPE": recipe} if recipe else {})
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        client.execute(env=os.environ | {"TQDM_DISABLE": "1"})
-    except CellExecutionError as error:
-        raise InputError(
-            f"The notebook {source.name} stopped: {error.ename}: {error.evalue}"
-        ) from None
-    finally:
-        nbformat.write(notebook, target)
+    # In a thread: in the main one nbclient would answer Ctrl-C by killing the kernel.
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(client.execute, env=env)
+        try:
+            running.result()
+        except KeyboardInterrupt:
+            os.kill(client.km.provisioner.pid, signal.SIGINT)
+            running.exception(timeout=INTERRUPT_SECONDS)
+            raise
+        except (CellExecutionError, DeadKernelError, TimeoutError) as error:
+            reason = f"{getattr(error, 'ename', type(error).__name__)}: "
+            reason += getattr(error, "evalue", str(error))
+            raise InputError(f"The notebook {source.name} stopped: {reason}") from None
+        finally:
+            nbformat.write(notebook, target)
 
 
 def report(recipe: Recipe) -> str:

@@ -7,6 +7,7 @@ Used by processdata_01.
 
 import asyncio
 import email.utils
+import errno
 import hashlib
 import os
 import sqlite3
@@ -39,6 +40,14 @@ LEDGER_COLUMNS = [
 ]
 USER_AGENT = f"captionlib/{captionlib.__version__} (dataset download; contact: {{contact}})"
 RETRY_HTTP = {408, 429, 500, 502, 503, 504}
+LEDGER = "ledger.sqlite"  # in the pictures' folder
+BAD_NAME = (
+    errno.ENAMETOOLONG,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EINVAL,
+)  # of one file
 COMMIT_SECONDS = 0.5  # a killed process repeats at most this much
 
 
@@ -76,7 +85,7 @@ def download(table: pd.DataFrame, out_dir, **manners) -> pd.DataFrame:
     wanted = table[["filename", "url"]].drop_duplicates("filename")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with closing(_open_ledger(out_dir / "ledger.sqlite")) as ledger:
+    with closing(_open_ledger(out_dir / LEDGER)) as ledger:
         known = pd.read_sql("SELECT * FROM downloads", ledger).set_index("filename")
         done = _settled(known, out_dir)
         todo = [r for r in wanted.itertuples(index=False) if done.get(r.filename) != r.url]
@@ -130,10 +139,13 @@ async def _download_all(
 
     async with _session(manners) as session:
         committing = asyncio.create_task(commit_now_and_then())
+        workers = [asyncio.create_task(work()) for _ in range(manners.connections)]
         try:
-            await asyncio.gather(*(work() for _ in range(manners.connections)))
+            await asyncio.gather(*workers)
         finally:
-            committing.cancel()
+            for task in (committing, *workers):
+                task.cancel()
+            await asyncio.gather(committing, *workers, return_exceptions=True)
             _commit(ledger, finished)
             bar.close()
 
@@ -158,7 +170,7 @@ def _commit(ledger: sqlite3.Connection, finished: list[tuple]) -> None:
 async def _settle(session, filename: str, url: str, out_dir: Path, manners: Manners) -> tuple:
     """Try until it is there or given up; a row of the ledger."""
     path = safe_path(out_dir, filename)
-    if path is None:
+    if path is None or filename.startswith(LEDGER):
         return filename, url, "failed", "unsafe file name", 0, None, None, None, time.time()
     for tries in range(1, manners.tries + 1):
         try:
@@ -170,7 +182,13 @@ async def _settle(session, filename: str, url: str, out_dir: Path, manners: Mann
                 continue
             reason = str(failed)
             return filename, url, "failed", reason, tries, failed.http, None, None, time.time()
-        _write(path, body)
+        try:
+            _write(path, body)
+        except OSError as error:
+            if error.errno not in BAD_NAME:
+                raise
+            reason = f"cannot be written: {error.strerror}"
+            return filename, url, "failed", reason, tries, 200, None, None, time.time()
         digest = hashlib.sha256(body).hexdigest()
         return filename, url, "ok", "", tries, 200, len(body), digest, time.time()
     raise AssertionError("unreachable: the last try returns")
@@ -247,6 +265,7 @@ def fetch_bytes(url: str) -> bytes:
 def run_coroutine(coroutine: Coroutine):
     """asyncio.run in a thread of its own: inside Jupyter a loop runs already. Ctrl-C cancels it."""
     outcome: list = []
+    ended = threading.Event()  # not join: interrupted, it takes the thread for ended (Python 3.11)
     loop = asyncio.new_event_loop()
     task = loop.create_task(coroutine)
 
@@ -257,15 +276,16 @@ def run_coroutine(coroutine: Coroutine):
             outcome.append(error)
         finally:
             loop.close()
+            ended.set()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    threading.Thread(target=run, daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(0.1)  # short waits: a plain join would not see Ctrl-C on Windows
+        while not ended.wait(0.1):  # short waits: a plain one would not see Ctrl-C on Windows
+            pass
     except KeyboardInterrupt:
-        loop.call_soon_threadsafe(task.cancel)
-        thread.join()
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(task.cancel)
+        ended.wait()
         raise
     if isinstance(outcome[0], BaseException):
         raise outcome[0]

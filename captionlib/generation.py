@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers import VisionEncoderDecoderModel as VED
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from captionlib.collator import PixelTransform
 from captionlib.errors import InputError
 from captionlib.images import ImageError, open_image
+from captionlib.shards import progress_bar
 from captionlib.tokenization import decode, encode
 
 
@@ -41,9 +43,12 @@ class Explanation:
 
 def pick_device(name: str = "auto") -> str:
     """ "cuda", "mps" or "cpu" for "auto"; any other name as it is."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    if not there.get(name.split(":")[0]):
+        raise InputError(f"No device {name!r} here: choose auto or one of {', '.join(there)}.")
+    return name
 
 
 @dataclass
@@ -111,8 +116,11 @@ class Captioner:
         """The same with token ids, log-probabilities and errors: a list of captions an image."""
         if on_error not in ("raise", "none"):
             raise InputError(f"No on_error {on_error!r}: choose raise or none.")
+        if isinstance(images, str | bytes | Path | Image.Image):
+            raise InputError("caption takes a list of images: put the one in brackets.")
         images = list(images)
         found: list[list[Caption]] = []
+        bar = progress_bar(len(images), "caption")
         for start in range(0, len(images), batch_size):
             batch = [self._open(image, on_error) for image in images[start : start + batch_size]]
             good = [pixels for pixels in batch if not isinstance(pixels, ImageError)]
@@ -123,6 +131,8 @@ class Captioner:
                 else next(captions)
                 for pixels in batch
             ]
+            bar.update(len(batch))
+        bar.close()
         return found
 
     def _open(self, image, on_error: str):
@@ -141,6 +151,8 @@ class Captioner:
 
     @torch.inference_mode()
     def _generate(self, pixels: torch.Tensor, prompt, arguments: dict) -> list[list[Caption]]:
+        if "max_length" in arguments:  # which glue's default for new tokens would win over
+            arguments = {"max_new_tokens": None} | arguments
         device, dtype, training = self.model.device, self.model.dtype, self.model.training
         self.model.eval()  # called in the middle of training, too
         start = torch.tensor([self.start_ids(prompt)] * len(pixels), device=device)

@@ -114,6 +114,15 @@ def _config(half: Half) -> PreTrainedConfig:
         raise InputError(f"The configuration {half} names no known model: {error}") from None
 
 
+def _made(make, config: PreTrainedConfig) -> PreTrainedModel:
+    """A half with random weights, or one line for a configuration that cannot be one."""
+    try:
+        return make(config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{config.model_type!r} cannot be this half: {reason}") from None
+
+
 def _load_encoder(half: Half) -> PreTrainedModel:
     config = _config(half)
     if not isinstance(getattr(config, "hidden_size", None), int) or config.is_encoder_decoder:
@@ -123,7 +132,7 @@ def _load_encoder(half: Half) -> PreTrainedModel:
         )
     if isinstance(half, str):
         return _load(partial(_without_pooler, AutoModel.from_pretrained), "encoder", half)
-    encoder = _without_pooler(AutoModel.from_config, config)
+    encoder = _made(partial(_without_pooler, AutoModel.from_config), config)
     _place_positions(encoder)
     return encoder
 
@@ -166,7 +175,7 @@ def _load_decoder(
         decoder = _load(AutoModelForCausalLM.from_pretrained, "decoder", half, config=config)
     else:
         config.update({"vocab_size": len(tokenizer)} | ids)
-        decoder = AutoModelForCausalLM.from_config(config)
+        decoder = _made(AutoModelForCausalLM.from_config, config)
     if not any("crossattention" in n.lower() for n, _ in decoder.named_parameters()):
         raise InputError(
             f"The decoder {config.model_type!r} has no cross-attention: it would never see the "

@@ -47,9 +47,9 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise ImageError(f"not an image{_looks_like(data)}") from None
         except Image.DecompressionBombError as error:
             raise ImageError(f"too many pixels: {error}") from None
-        except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
-            if isinstance(error, ImageError):
-                raise
+        except ImageError:
+            raise
+        except Exception as error:  # noqa: BLE001 - Pillow's readers raise anything on broken files
             raise ImageError(f"truncated or broken: {error}") from None
     rgb.info = {"format": image.format, "mode": image.mode}
     return rgb

@@ -6,6 +6,7 @@ Bundled ones are in captionlib/recipes; a path names any other. Used by every no
 import copy
 import difflib
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -70,13 +71,27 @@ def load_recipe(name=None, **changes) -> Recipe:
 def _read(path: Path) -> dict:
     """The file's keys, laid over those of the recipe it names as `base`."""
     try:
-        content = yaml.safe_load(path.read_text("utf-8")) or {}
+        content = read_yaml(path.read_text("utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"The recipe {path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"The recipe {path} is not a mapping of keys to values.")
     base = content.pop("base", None)
     return _merged(_read(_find(base)), content) if base else content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 5e-5 for text; people who write learning rates do not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str):
+    """The value of a YAML text. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
 
 
 def bundled() -> list[str]:
@@ -86,9 +101,11 @@ def bundled() -> list[str]:
 
 
 def _find(name: str) -> Path:
-    if name in bundled():
-        return Path(str(resources.files("captionlib.recipes") / f"{name}.yaml"))
     path = root() / name
+    if not path.is_file() and name.removesuffix(".yaml") in bundled():
+        return Path(
+            str(resources.files("captionlib.recipes") / name.removesuffix(".yaml"))
+        ).with_suffix(".yaml")
     if not path.is_file():
         raise InputError(
             f"No recipe {name!r}: give the path of a YAML file, or one of {', '.join(bundled())}."
@@ -131,7 +148,8 @@ def _rooted(recipe: Recipe) -> Recipe:
             return [rooted(each) for each in value]
         if "{folder}" in str(value) and not recipe.folder:
             raise InputError(f"The recipe {recipe.name} wants a folder: give it with --folder.")
-        return str(root() / str(value).format(folder=recipe.folder, lang=recipe.lang))
+        filled = str(value).replace("{folder}", recipe.folder).replace("{lang}", recipe.lang)
+        return str(root() / filled)
 
     for name in ("data_dir", "run_dir", "table", "images"):
         if getattr(recipe, name):

@@ -25,6 +25,7 @@ BOMB_SIDE = 12_000  # pixels: 144 million, in a file of 18 kB
 
 
 def scene_name(split: str, number: int) -> str:
+    """The file name of a scene, "test-000007.png"."""
     return f"{split}-{number:06d}.png"
 
 
@@ -35,6 +36,7 @@ def scene_of(filename: str) -> scenes.Scene:
 
 
 def png(scene: scenes.Scene) -> bytes:
+    """The scene's picture as a PNG file."""
     out = io.BytesIO()
     scenes.draw(scene).save(out, "PNG", compress_level=1)
     return out.getvalue()

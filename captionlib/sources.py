@@ -135,7 +135,7 @@ def name_of_url(url: str) -> str:
 
 
 def safe_path(folder, filename: str) -> Path | None:
-    """folder / filename, or None when that lies outside the folder (absolute, "..", a drive)."""
+    """folder / filename, or None when that is no file inside it (absolute, "..", a drive, "")."""
     parts = filename.replace("\\", "/").split("/")
-    outside = ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in filename
+    outside = {"..", ".", ""} & set(parts) or ":" in parts[0] or "\0" in filename
     return None if outside else Path(folder, *parts)

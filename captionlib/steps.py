@@ -4,6 +4,8 @@ Each takes a Recipe, does one step with the functions of the library, writes whe
 and returns plain values. A step that was done before is not done again.
 """
 
+import difflib
+import inspect
 import json
 import re
 from collections import Counter
@@ -13,16 +15,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
+import yaml
 
 from captionlib import metrics, scenes
 from captionlib.collator import CaptionCollator
 from captionlib.dataset import accounting, build_dataset, load_dataset
+from captionlib.download import Manners, failures
 from captionlib.download import download as download_urls
-from captionlib.download import failures
 from captionlib.errors import InputError
 from captionlib.generation import Captioner, pick_device
 from captionlib.glue import glue
-from captionlib.images import check_images, list_images
+from captionlib.images import check_image, check_images
 from captionlib.recipe import Recipe, as_text
 from captionlib.scene_server import SceneServer, scene_of, scene_table
 from captionlib.shards import write_atomic
@@ -30,6 +33,8 @@ from captionlib.sources import read_captions, safe_path
 from captionlib.tokenization import train_tokenizer
 
 COLLATOR_KEYS = ("captions", "captions_per_image", "max_length", "augment")  # of section train
+PACKING = ("gpt2", "bert")  # decoders that take positions restarting at 0
+TRAINED_ON = "trained_on.yaml"  # in a run's folder
 SIDES = re.compile(r"\b(left|right)\b|[左右]")
 SIDES_ALLOWED = 0.02  # share of captions: "on the right", now and then, does little harm
 CONSTANTS_TRIED = 200  # of the most frequent captions, for the best constant one
@@ -45,6 +50,12 @@ def captions_table(recipe: Recipe) -> pd.DataFrame:
 
 def download(recipe: Recipe) -> pd.DataFrame:
     """Fetch the table's URLs; one row a file: status, reason, tries, bytes, sha256, ..."""
+    if recipe.images:
+        raise InputError(
+            f"The pictures of {recipe.name} are in {recipe.images}: nothing to download. To "
+            "download the table's URLs instead, leave out images (--images)."
+        )
+    _check_keys(recipe.download, "download", Manners)
     with SceneServer() if recipe.scenes else nullcontext() as server:
         if server:
             _write_scene_table(recipe, server.url)
@@ -75,13 +86,14 @@ def known_downloads(recipe: Recipe) -> pd.DataFrame:
 def check(recipe: Recipe) -> pd.DataFrame:
     """Decode every picture that the table names; writes checks.parquet."""
     folder = recipe.images_dir
-    if not folder.is_dir() or not list_images(folder):
-        raise InputError(
-            f"No pictures in the folder {folder}. Name the right one with --images, or run "
-            "captionlib download first."
-        )
+    _check_keys(recipe.check, "check", check_image)
     names = captions_table(recipe).filename.unique()
     paths = [path for path in (safe_path(folder, name) for name in names) if path]
+    if not any(path.exists() for path in paths):
+        raise InputError(
+            f"No pictures of the table in the folder {folder}. Name the right one with --images, "
+            "or run captionlib download first."
+        )
     checks = check_images(paths, Path(recipe.data_dir) / "checks", **recipe.check)
     write_atomic(Path(recipe.data_dir) / "checks.parquet", checks.to_parquet)
     return checks
@@ -92,6 +104,7 @@ def build(recipe: Recipe) -> datasets.DatasetDict:
     path = Path(recipe.data_dir) / "checks.parquet"
     if not path.exists():
         raise InputError(f"No {path}: it is written by processdata_02 (or: captionlib check).")
+    _check_keys(recipe.dataset, "dataset", build_dataset)
     data = build_dataset(
         captions_table(recipe),
         pd.read_parquet(path),
@@ -110,6 +123,7 @@ def build(recipe: Recipe) -> datasets.DatasetDict:
 def new_captioner(recipe: Recipe, data: datasets.DatasetDict) -> Captioner:
     """Glue the recipe's halves; where the recipe says so, train a tokenizer on data["train"]."""
     tokenizer = None
+    _check_keys(recipe.tokenizer, "tokenizer", train_tokenizer)
     if recipe.tokenizer:
         train = data["train"].select_columns(["captions", "prompts"])
         prompts = sorted({prompt for row in train["prompts"] for prompt in row} - {""})
@@ -121,6 +135,9 @@ def new_captioner(recipe: Recipe, data: datasets.DatasetDict) -> Captioner:
 def new_collator(recipe: Recipe, captioner: Captioner, **changes) -> CaptionCollator:
     """The collator of the recipe's section `train`."""
     options = {key: recipe.train[key] for key in COLLATOR_KEYS if key in recipe.train}
+    decoder = captioner.model.decoder.config.model_type
+    if options.get("captions", "packed") == "packed" and decoder not in PACKING:
+        options["captions"] = "separate"  # RoBERTa, say, counts positions in a way of its own
     return CaptionCollator(
         captioner.tokenizer, captioner.transform, captioner.start_ids(None)[0], **options | changes
     )
@@ -135,12 +152,21 @@ def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) ->
     if log:
         return log
     data = load_dataset(recipe.dataset_dir)
+    if "train" not in data:
+        raise InputError(f"The dataset has no split train: it has {', '.join(data)}.")
+    checkpoint = trainer.last_checkpoint(folder)
+    if checkpoint:  # with its own tokenizer
+        captioner = Captioner.from_pretrained(checkpoint, "cpu")
     captioner = captioner or new_captioner(recipe, data)
     captioner.model.to(pick_device(device))
-    write_atomic(folder / "recipe.yaml", lambda path: path.write_text(as_text(recipe), "utf-8"))
     if "flip" in recipe.train.get("augment", ""):
         _refuse_sides(data["train"])
     options = {key: value for key, value in recipe.train.items() if key not in COLLATOR_KEYS}
+    for key in ("eval_strategy", "save_strategy"):
+        if options.get(key) is False:  # YAML's reading of "no"
+            options[key] = "no"
+    if "val" not in data:
+        options |= {"eval_strategy": "no", "load_best_model_at_end": False}
     try:
         arguments = trainer.CaptionTrainingArguments(
             output_dir=str(folder), use_cpu=captioner.model.device.type == "cpu", **options
@@ -149,8 +175,12 @@ def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) ->
         raise InputError(f"The recipe's section train: {error}") from None
     collator = new_collator(recipe, captioner)
     still = new_collator(recipe, captioner, augment="none", captions_per_image=None)
+    for name, text in (("recipe.yaml", as_text(recipe)), (TRAINED_ON, _trained_on(recipe))):
+        write_atomic(folder / name, lambda path, text=text: path.write_text(text, "utf-8"))
     log = trainer.train(captioner, data, arguments, collator, callbacks, eval_collator=still)
     generation = captioner.model.generation_config
+    if "max_length" in recipe.generate:
+        generation.max_new_tokens = None  # which would win over it
     generation.update(**recipe.generate)
     generation.save_pretrained(folder)
     write_atomic(folder / "log.json", lambda path: path.write_text(json.dumps(log), "utf-8"))
@@ -171,14 +201,30 @@ def _refuse_sides(train: datasets.Dataset) -> None:
 def finished(recipe: Recipe) -> list[dict]:
     """The log of the recipe's finished run, or []. Raises InputError for another recipe's."""
     folder = Path(recipe.run_dir)
-    before = folder / "recipe.yaml"
-    if before.exists() and before.read_text("utf-8") != as_text(recipe):
+    before = folder / TRAINED_ON
+    if before.exists() and before.read_text("utf-8") != _trained_on(recipe):
         raise InputError(
-            f"{folder} holds a run of another recipe (compare {before}): remove it, or choose "
-            "another folder with --run-dir."
+            f"{folder} holds a run of another recipe or dataset (compare {before}): remove it, or "
+            "choose another folder with --run-dir."
         )
     log = folder / "log.json"
     return json.loads(log.read_text("utf-8")) if log.exists() else []
+
+
+def _trained_on(recipe: Recipe) -> str:
+    """What makes a run what it is, as YAML: the model, the training, the dataset's shards."""
+    names = ("prompt", "tokenizer", "encoder", "decoder", "train")
+    shards = sorted(path.name for path in recipe.dataset_dir.glob("*-*.parquet"))
+    return yaml.safe_dump({name: getattr(recipe, name) for name in names} | {"dataset": shards})
+
+
+def _check_keys(section: dict, name: str, function) -> None:
+    """InputError for a key of the section that its function does not know."""
+    known = inspect.signature(function).parameters
+    for key in section:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1) or list(known)
+            raise InputError(f"Unknown key {key!r} in {name}: did you mean {', '.join(near)}?")
 
 
 def evaluate(
@@ -197,6 +243,8 @@ def evaluate(
         raise InputError(f"No split {split!r} in the dataset: it has {', '.join(data)}.")
     rows = data[split].select(range(min(len(data[split]), recipe.evaluate.get("images", 1000))))
     langs = sorted({lang for row in rows["langs"] for lang in row})
+    if not langs or len(rows) < 2:
+        raise InputError(f"The split {split} has {len(rows)} images: scores need two at least.")
     results = [_evaluate_lang(recipe, captioner, rows, data["train"], lang) for lang in langs]
     scores = pd.concat([score for score, _ in results], ignore_index=True)
     texts = pd.concat([text for _, text in results], ignore_index=True)
@@ -207,7 +255,7 @@ def evaluate(
 
 
 def _evaluate_lang(recipe: Recipe, captioner: Captioner, rows, train, lang: str):
-    rows = rows.filter(lambda row: lang in row["langs"], load_from_cache_file=False)
+    rows = rows.select([i for i, langs in enumerate(rows["langs"]) if lang in langs])
     references = [_of_lang(row, lang) for row in rows.select_columns(["captions", "langs"])]
     prompt = recipe.prompt.format(lang=lang) or None
     predictions = captioner.caption(rows["image"], prompt=prompt, **recipe.generate)

@@ -42,6 +42,7 @@ class CaptionTrainingArguments(Seq2SeqTrainingArguments):
     label_names: list[str] | None = None
     save_total_limit: int | None = 2
     prediction_loss_only: bool = True
+    logging_first_step: bool = True  # the loss before
     muon_learning_rate: float = 0.0  # above 0: Muon for the weight matrices (optimizer.py)
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 """What many tests use: tiny captioners with odd ids, drawn scenes on disk, the shared folder."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def tokenizer(texts):
 
 @pytest.fixture
 def captioner(tokenizer):
-    return glue(TINY_VIT, TINY_GPT2, tokenizer, seed=3)
+    return glue(TINY_VIT, TINY_GPT2, copy.deepcopy(tokenizer), seed=3)
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,35 @@ def test_a_users_own_photographs_from_csv_to_caption(workplace, capsys):
     assert "holds a run of another recipe" in capsys.readouterr().err
 
 
+def test_downloading_never_touches_a_folder_of_ones_own(workplace):
+    before = {path: path.read_bytes() for path in (workplace / "photos").iterdir()}
+    assert run("download", "--table", "captions.csv", "--images", "photos") == 2
+    assert {path: path.read_bytes() for path in (workplace / "photos").iterdir()} == before
+
+
+def test_a_handful_of_photographs_and_no_validation_split(workplace):
+    """Three images: no val of 5 %, were it rounded; then a table that names train alone."""
+    text = (workplace / "captions.csv").read_text("utf-8").splitlines()
+    (workplace / "few.csv").write_text("\n".join(text[:16]) + "\n", "utf-8")
+    names = {line.rsplit(",", 1)[1] for line in text[1:16]}
+    split = "\n".join(f"{name},a red circle,train" for name in names)
+    (workplace / "train.csv").write_text(f"filename,caption,split\n{split}\n", "utf-8")
+    for table, splits in (("few.csv", {"train", "val", "test"}), ("train.csv", {"train"})):
+        options = ["--recipe", "tiny.yaml", "--table", table, "--data-dir", table[:3]]
+        options += ["--run-dir", f"run-{table[:3]}", "--set", "train.eval_strategy=steps"]
+        assert run("check", *options) == 0
+        assert run("build", *options) == 0
+        assert set(load_dataset(f"{table[:3]}/dataset")) == splits
+        assert run("train", *options) == 0
+
+
+def test_a_mistake_does_not_lock_the_run(workplace, capsys):
+    prepared(workplace)
+    assert run("train", "--recipe", "tiny.yaml", "--set", "train.lerning_rate=0.1") == 2
+    assert "lerning_rate" in capsys.readouterr().err
+    assert run("train", "--recipe", "tiny.yaml", "--set", "train.learning_rate=5e-5") == 0
+
+
 def test_table_and_images_without_a_recipe(workplace, capsys):
     assert run("check", "--table", "captions.csv", "--images", "photos") == 0
     assert run("build", "--table", "captions.csv", "--images", "photos", "--lang", "en") == 0
@@ -67,8 +96,8 @@ def test_table_and_images_without_a_recipe(workplace, capsys):
         (["check", "--table", "nocolumn.csv", "--images", "photos"], "no column caption"),
         (["check", "--table", "empty.csv", "--images", "photos"], "has no rows"),
         (["check", "--table", "gbk.csv", "--images", "photos"], "--encoding gbk"),
-        (["check", "--table", "captions.csv", "--images", "void"], "No pictures in the folder"),
-        (["check", "--table", "captions.csv", "--images", "nodir"], "No pictures in the folder"),
+        (["check", "--table", "captions.csv", "--images", "void"], "No pictures of the table in"),
+        (["check", "--table", "captions.csv", "--images", "nodir"], "No pictures of the table in"),
         (["build", "--table", "captions.csv", "--images", "photos"], "captionlib check"),
         (["train", "--table", "captions.csv", "--images", "photos"], "captionlib build"),
         (["check", "--recipe", "nowhere"], "No recipe 'nowhere'"),
@@ -80,6 +109,11 @@ def test_table_and_images_without_a_recipe(workplace, capsys):
         (["caption", "a.png", "--model", "./nowhere"], "there is no such folder"),
         (["caption", "void", "--model", "run"], "No pictures in the folder void"),
         (["check", "--recipe", "tiny.yaml", "--data-dir", "captions.csv/x"], "Cannot write"),
+        (["check", "--recipe", "tiny.yaml", "--set", "check.min_sied=4"], "mean min_side?"),
+        (["check", "--recipe", "tiny.yaml", "--set", "check=[1"], "is no YAML value"),
+        (["check", "--recipe", "tiny.yaml", "--set", "table.train=x.csv"], "No captions table"),
+        (["download", "--recipe", "tiny.yaml"], "nothing to download"),
+        (["caption", "a.png", "--model", "run", "--device", "banana"], "No captioner"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_a_remedy(workplace, arguments, message, capsys, monkeypatch):
@@ -119,6 +153,14 @@ def test_bad_rows_are_dropped_counted_and_write_nothing_outside(workplace):
     assert states["dropped: empty caption"] == 1
     assert states["dropped: repeated caption"] == 1
     assert states.sum() == len(read_captions("captions.csv"))
+
+
+def test_pictures_without_a_suffix_are_found(workplace):
+    (workplace / "plain").mkdir()
+    photo = next((workplace / "photos").iterdir())
+    (workplace / "plain" / "one").write_bytes(photo.read_bytes())
+    (workplace / "plain.csv").write_text("filename,caption\none,a scene\n")
+    assert run("check", "--table", "plain.csv", "--images", "plain") == 0
 
 
 def test_an_unreadable_image_is_listed_and_the_others_are_captioned(workplace, tokenizer, capsys):

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from transformers import ViTImageProcessorPil
+from conftest import TINY_GPT2, TINY_VIT
+from transformers import RobertaConfig, ViTImageProcessorPil
 
-from captionlib import CaptionCollator, scenes
+from captionlib import CaptionCollator, glue, scenes
 from captionlib.collator import IGNORE, PixelTransform
 from captionlib.errors import InputError
+from captionlib.recipe import Recipe
+from captionlib.steps import PACKING, new_collator
 
 SCENES = [scenes.make_scene(number) for number in range(3)]
 ROWS = [
@@ -48,6 +51,24 @@ def test_packed_equals_separate(captioner):
     assert len(packed["labels"]) == 3
     assert len(separate["labels"]) == 9
     assert (packed["labels"] != IGNORE).sum() == (separate["labels"] != IGNORE).sum()
+    assert loss_of(captioner, packed) == pytest.approx(loss_of(captioner, separate), abs=1e-5)
+
+
+def test_a_decoder_that_counts_positions_its_own_way_is_not_packed(tokenizer):
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    roberta = glue(TINY_VIT, config, tokenizer)
+    assert new_collator(Recipe(train={"captions": "packed"}), roberta).captions == "separate"
+
+
+@pytest.mark.parametrize("decoder", PACKING)
+def test_every_decoder_that_is_packed_has_the_loss_of_separate_rows(tokenizer, decoder):
+    config = {"model_type": decoder, "hidden_size": 32, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "intermediate_size": 64}
+    captioner = glue(TINY_VIT, TINY_GPT2 if decoder == "gpt2" else config, tokenizer)
+    packed, separate = collate(captioner, "packed"), collate(captioner, "separate")
     assert loss_of(captioner, packed) == pytest.approx(loss_of(captioner, separate), abs=1e-5)
 
 

@@ -83,6 +83,52 @@ def test_the_official_split_is_kept_and_prompts_are_filled(parts):
     assert set(data["train"][0]["prompts"]) == {"<ja>"}
 
 
+def test_a_picture_named_in_two_splits_stays_in_one(parts):
+    table = parts[0].assign(split="train")
+    first = table.filename[0]
+    again = table[table.filename == first].assign(split="test", caption="a twin in the test")
+    unnamed = table[table.filename == first].head(1).assign(split="", caption="of no split")
+    data = build(parts, pd.concat([table, again, unnamed], ignore_index=True))
+    assert set(data) == {"train"}
+    row = next(row for row in data["train"] if row["filename"] == first)
+    assert "of no split" in row["captions"]
+    states = accounting(parts[2]).set_index("state").rows
+    assert states["dropped: picture is in another split"] == 5 - 4  # its four equal captions repeat
+
+
+@pytest.mark.parametrize("split", ["../../evil", "train-2014", "a b"])
+def test_a_split_that_is_no_name_is_refused(parts, split):
+    with pytest.raises(InputError, match="is no name: use train, val, test"):
+        build(parts, parts[0].assign(split=split))
+
+
+def test_split_names_are_read_as_people_write_them(parts):
+    assert set(build(parts, parts[0].assign(split=" Train"))) == {"train"}
+
+
+def test_a_changed_picture_is_packed_again(parts):
+    table, _, out, photos = parts
+    own = out.parent / "own"
+    own.mkdir()
+    for name in table.filename.unique():
+        (own / name).write_bytes((photos / name).read_bytes())
+    changed = own / table.filename[0]
+    for colour in ("red", "white"):
+        Image.new("RGB", (64, 64), colour).save(changed)
+        checks = check_images([own / name for name in table.filename.unique()])
+        data = build_dataset(table, checks, out, own, val=0, test=0)
+        image = next(r for r in data["train"] if r["filename"] == changed.name)["image"]
+        expected = Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+        assert np.abs(np.subtract(image.getpixel((30, 30)), expected)).max() <= 3
+
+
+def test_a_half_built_dataset_does_not_load(parts):
+    build(parts)
+    (parts[2] / "rows.parquet").unlink()
+    with pytest.raises(InputError, match="No finished dataset"):
+        load_dataset(parts[2])
+
+
 def test_splits_are_deterministic_and_depend_on_the_seed(parts):
     first = build(parts, val=0.3, seed=1)["val"]["filename"]
     assert build(parts, val=0.3, seed=1)["val"]["filename"] == first
@@ -110,5 +156,5 @@ def test_images_are_shrunk_never_enlarged_and_stay_true():
 def test_a_table_without_a_usable_row_is_refused(parts):
     with pytest.raises(InputError, match="No caption with a usable image is left of 1 rows"):
         build(parts, pd.DataFrame({"filename": ["ghost.png"], "caption": ["x"]}))
-    with pytest.raises(InputError, match=r"No dataset at .*processdata_03"):
+    with pytest.raises(InputError, match=r"No finished dataset at .*processdata_03"):
         load_dataset(parts[2])

@@ -80,6 +80,18 @@ def test_nothing_is_written_outside_the_folder(server, tmp_path):
     assert written == {"images/in/side.png"}
 
 
+def test_a_name_that_cannot_be_a_file_fails_alone(server, tmp_path):
+    names = ["x" * 300 + ".png", ".", "", "a/", "ledger.sqlite", "good.png", "good.png/b.png"]
+    url = f"{server.url}/{scene_name('test', 0)}"
+    got = download(pd.DataFrame({"filename": names, "url": url}), tmp_path / "images", **FAST)
+    by_name = dict(zip(got.filename, got.reason, strict=True))
+    assert by_name.pop("good.png") == "" or by_name.pop("good.png/b.png") == ""
+    assert by_name["x" * 300 + ".png"].startswith("cannot be written")
+    for name in (".", "", "a/", "ledger.sqlite"):
+        assert by_name[name] == "unsafe file name"
+    assert {path.name for path in tmp_path.iterdir()} == {"images"}
+
+
 @pytest.mark.parametrize(
     ("url", "reason"),
     [

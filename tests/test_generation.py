@@ -6,6 +6,7 @@ import torch
 
 from captionlib import Captioner, ImageError, scenes
 from captionlib.errors import InputError
+from captionlib.generation import pick_device
 
 PICTURES = [scenes.draw(scenes.make_scene(number)) for number in range(5)]
 
@@ -60,6 +61,11 @@ def test_a_prompt_is_continued_and_not_repeated(captioner):
     assert caption.token_logprobs != other.token_logprobs
 
 
+def test_max_length_is_obeyed_although_glue_sets_max_new_tokens(captioner):
+    (caption,) = captioner.caption_full(PICTURES[:1], max_length=5)[0]
+    assert len(caption.token_ids) == 4  # and the start token
+
+
 def test_captioning_leaves_the_training_mode_as_it_was(captioner):
     captioner.model.train()
     captioner.caption(PICTURES[:1], max_new_tokens=2)
@@ -75,6 +81,10 @@ def test_explain_gives_a_map_a_word_on_the_encoders_grid(captioner):
 
 
 def test_mistakes_are_named(captioner, tmp_path):
+    with pytest.raises(InputError, match="takes a list of images"):
+        captioner.caption("photo.jpg")
+    with pytest.raises(InputError, match="No device 'banana'"):
+        pick_device("banana")
     with pytest.raises(InputError, match="No on_error 'skip'"):
         captioner.caption(PICTURES, on_error="skip")
     with pytest.raises(InputError, match="holds no captioner"):

@@ -172,6 +172,8 @@ def test_what_cannot_work_is_refused_in_one_line(tokenizer, tmp_path):
     cases = [
         ((TINY_VIT, opt, tokenizer), "'opt' has no cross-attention"),
         ((bart, TINY_GPT2, tokenizer), "'bart' does not return a sequence"),
+        ((TINY_VIT, {"model_type": "t5"}, tokenizer), "'t5' cannot be this half"),
+        ((TINY_VIT, TINY_VIT, tokenizer), "'vit' cannot be this half"),
         (({"model_type": "vitt"}, TINY_GPT2, tokenizer), "names no known model"),
         ((TINY_VIT, TINY_GPT2), "only a configuration has no tokenizer"),
         ((str(tmp_path / "nowhere"), TINY_GPT2, tokenizer), "No model .*nowhere"),

@@ -60,6 +60,14 @@ def test_bad_bytes_have_a_reason(data, reason):
         open_image(data)
 
 
+@pytest.mark.parametrize("error", [NotImplementedError, KeyError, OverflowError, MemoryError])
+def test_whatever_a_reader_raises_is_a_verdict(error, tmp_path, monkeypatch):
+    RED.save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "open", lambda _: (_ for _ in ()).throw(error("odd")))
+    with pytest.raises(ImageError, match="truncated or broken"):
+        open_image(tmp_path / "x.png")
+
+
 def test_a_bomb_is_refused_before_it_is_decoded():
     data = as_bytes(Image.new("1", (20_000, 10_000)))
     start = time.perf_counter()

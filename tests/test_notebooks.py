@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import pandas as pd
@@ -45,6 +47,7 @@ def test_all_five_run_in_order_on_the_drawn_scenes(tmp_path, monkeypatch):
     assert weights.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_all_but_the_download_run_on_a_table_of_ones_own(workplace, tmp_path, monkeypatch):
     monkeypatch.setenv("CAPTIONLIB_RECIPE", "tiny.yaml")
     (workplace / "notebooks").mkdir()
@@ -52,6 +55,26 @@ def test_all_but_the_download_run_on_a_table_of_ones_own(workplace, tmp_path, mo
         shutil.copy(path, workplace / "notebooks")
         run_notebook(workplace / "notebooks" / path.name, tmp_path / "out" / path.name)
     assert (workplace / "run/scores-test.csv").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups are of Unix")
+def test_ctrl_c_in_the_demo_stops_it_and_the_same_command_goes_on(tmp_path):
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    command = [sys.executable, "-m", "captionlib", "demo"]
+    env = os.environ | {"CAPTIONLIB_SMOKE": "1"}
+    options = {"cwd": tmp_path, "env": env, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    for line in process.stdout:
+        if line.startswith("processdata_01"):
+            break
+    while not (tmp_path / "data/scenes/images/ledger.sqlite").exists():
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=90)
+    assert process.returncode == 130
+    done = subprocess.run(command, check=True, **options)
+    assert "Try next:" in done.stdout
 
 
 @pytest.mark.parametrize("path", FILES, ids=NOTEBOOKS)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.shared
 FLICKR = SHARED / "flickr8k"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lang", ["en", "zh", "ja"])
 def test_flickr8k_goes_through_check_and_build_with_every_row_accounted_for(lang, tmp_path):
     recipe = load_recipe(
