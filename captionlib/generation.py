@@ -239,6 +239,12 @@ def load_model(path) -> VED:
     return model
 
 
+def last_checkpoint(run_dir) -> str | None:
+    """The newest whole checkpoint: its trainer_state.json is the last file that Trainer writes."""
+    whole = [path.parent for path in Path(run_dir).glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
 def refuse_missing_folder(what: str, name: str) -> None:
     """InputError for a name that can only be a folder, and is none: no hub is asked for it."""
     path = Path(name)

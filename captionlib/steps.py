@@ -23,7 +23,7 @@ from captionlib.dataset import accounting, build_dataset, load_dataset
 from captionlib.download import Manners, failures
 from captionlib.download import download as download_urls
 from captionlib.errors import InputError
-from captionlib.generation import Captioner, pick_device
+from captionlib.generation import Captioner, last_checkpoint, pick_device
 from captionlib.glue import glue
 from captionlib.images import check_image, check_images
 from captionlib.recipe import Recipe, as_text
@@ -143,8 +143,21 @@ def new_collator(recipe: Recipe, captioner: Captioner, **changes) -> CaptionColl
     )
 
 
+def started_captioner(recipe: Recipe, data: datasets.DatasetDict) -> Captioner:
+    """The captioner where training is: finished, at its last checkpoint, or new."""
+    if finished(recipe):
+        return Captioner.from_pretrained(recipe.run_dir, "cpu")
+    checkpoint = last_checkpoint(recipe.run_dir)  # with a tokenizer of its own
+    return (
+        Captioner.from_pretrained(checkpoint, "cpu") if checkpoint else new_captioner(recipe, data)
+    )
+
+
 def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) -> list[dict]:
-    """Train, or go on from the last checkpoint; the log. A finished run is not trained again."""
+    """Train, or go on from the last checkpoint; the log. A finished run is not trained again.
+
+    captioner: from `started_captioner`, where the caller wants to watch it learn.
+    """
     from captionlib import trainer  # Trainer is slow to import: only where it is used
 
     folder = Path(recipe.run_dir)
@@ -154,37 +167,45 @@ def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) ->
     data = load_dataset(recipe.dataset_dir)
     if "train" not in data:
         raise InputError(f"The dataset has no split train: it has {', '.join(data)}.")
-    checkpoint = trainer.last_checkpoint(folder)
-    if checkpoint:  # with its own tokenizer
-        captioner = Captioner.from_pretrained(checkpoint, "cpu")
-    captioner = captioner or new_captioner(recipe, data)
+    captioner = captioner or started_captioner(recipe, data)
     captioner.model.to(pick_device(device))
     if "flip" in recipe.train.get("augment", ""):
         _refuse_sides(data["train"])
+    collator = new_collator(recipe, captioner)
+    still = new_collator(recipe, captioner, augment="none", captions_per_image=None)
+    try:
+        arguments = trainer.CaptionTrainingArguments(
+            output_dir=str(folder),
+            use_cpu=captioner.model.device.type == "cpu",
+            **_training_options(recipe, "val" in data),
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The recipe's section train: {error}") from None
+    for name, text in (("recipe.yaml", as_text(recipe)), (TRAINED_ON, _trained_on(recipe))):
+        write_atomic(folder / name, lambda path, text=text: path.write_text(text, "utf-8"))
+    log = trainer.train(captioner, data, arguments, collator, callbacks, eval_collator=still)
+    _save_generation(recipe, captioner)
+    write_atomic(folder / "log.json", lambda path: path.write_text(json.dumps(log), "utf-8"))
+    return log
+
+
+def _training_options(recipe: Recipe, validate: bool) -> dict:
+    """The section train without the collator's keys; no evaluation without a split val."""
     options = {key: value for key, value in recipe.train.items() if key not in COLLATOR_KEYS}
     for key in ("eval_strategy", "save_strategy"):
         if options.get(key) is False:  # YAML's reading of "no"
             options[key] = "no"
-    if "val" not in data:
+    if not validate:
         options |= {"eval_strategy": "no", "load_best_model_at_end": False}
-    try:
-        arguments = trainer.CaptionTrainingArguments(
-            output_dir=str(folder), use_cpu=captioner.model.device.type == "cpu", **options
-        )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"The recipe's section train: {error}") from None
-    collator = new_collator(recipe, captioner)
-    still = new_collator(recipe, captioner, augment="none", captions_per_image=None)
-    for name, text in (("recipe.yaml", as_text(recipe)), (TRAINED_ON, _trained_on(recipe))):
-        write_atomic(folder / name, lambda path, text=text: path.write_text(text, "utf-8"))
-    log = trainer.train(captioner, data, arguments, collator, callbacks, eval_collator=still)
+    return options
+
+
+def _save_generation(recipe: Recipe, captioner: Captioner) -> None:
     generation = captioner.model.generation_config
     if "max_length" in recipe.generate:
         generation.max_new_tokens = None  # which would win over it
     generation.update(**recipe.generate)
-    generation.save_pretrained(folder)
-    write_atomic(folder / "log.json", lambda path: path.write_text(json.dumps(log), "utf-8"))
-    return log
+    generation.save_pretrained(recipe.run_dir)
 
 
 def _refuse_sides(train: datasets.Dataset) -> None:

@@ -27,7 +27,7 @@ from transformers import (
 from transformers import VisionEncoderDecoderModel as VED
 
 from captionlib.collator import IGNORE, CaptionCollator
-from captionlib.generation import Captioner, load_model
+from captionlib.generation import Captioner, last_checkpoint, load_model
 from captionlib.optimizer import MuonAdamW
 from captionlib.shards import progress_bar
 
@@ -261,12 +261,6 @@ def train(
         captioner.save_pretrained(folder)
     trainer.save_state()
     return trainer.state.log_history
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint: its trainer_state.json is the last file that Trainer writes."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
 def undecoded(data: datasets.Dataset) -> datasets.Dataset:

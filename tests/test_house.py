@@ -84,8 +84,8 @@ def readme():
 def test_the_readme_ends_with_the_tree_of_the_files_present():
     tree = readme().rstrip().rsplit("```", 2)[1]
     listed, folders = {}, []
-    for line in tree.splitlines()[1:]:
-        depth = (len(line) - len(line.lstrip())) // 2
+    for line in tree.strip().splitlines()[1:]:  # the first one is the folder of them all
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
         name, _, role = line.strip().partition("  ")
         folders[depth:] = [name.rstrip("/")]
         if not name.endswith("/"):

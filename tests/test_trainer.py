@@ -5,8 +5,9 @@ import torch
 from conftest import TINY_GPT2, TINY_VIT
 
 from captionlib import CaptionCollator, CaptionTrainer, CaptionTrainingArguments, glue, scenes
+from captionlib.generation import last_checkpoint
 from captionlib.optimizer import MuonAdamW
-from captionlib.trainer import last_checkpoint, load_weights
+from captionlib.trainer import load_weights
 
 ROWS = [
     {"image": scenes.draw(scene), "captions": scenes.captions(scene, n)["en"][: 1 + n % 4]}
