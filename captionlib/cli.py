@@ -15,6 +15,7 @@ import yaml
 from captionlib.errors import InputError
 from captionlib.recipe import Recipe, bundled, load_recipe, read_yaml
 
+PRINTED = 32  # captions at a time
 SHOWN = 10  # failed items listed; the table in the data folder has all
 
 
@@ -24,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        again = (
+            "starts again" if arguments.command in ("caption", "evaluate") else "goes on from here"
+        )
+        print(f"Interrupted. The same command {again}.", file=sys.stderr)
         return 130
     except InputError as error:
         return _say(str(error))
@@ -44,6 +48,8 @@ def _say(text: str) -> int:
 
 
 def _remedy(number: int) -> str:
+    if number in (errno.EACCES, errno.EPERM):
+        return "Its permissions forbid it: change them, or choose another file or folder."
     if number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return "Free some space and run the same command again, or choose another --data-dir."
     return "Choose a folder you may write to, with --data-dir and --run-dir."
@@ -73,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     caption.add_argument("--model", required=True, help="a run's folder, or a hub name")
     caption.add_argument("--lang", help="of a captioner of several languages: en, zh or ja")
     caption.add_argument("--prompt", help="text the caption continues")
-    caption.add_argument("--num-beams", type=int, default=None)
+    caption.add_argument("--num-beams", type=int, choices=range(1, 33), metavar="1..32")
     caption.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     caption.set_defaults(run=_caption)
     return parser
@@ -108,6 +114,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         for section in sections:
             place[section] = place.get(section) or {}
             place = place[section]
+            if not isinstance(place, dict):
+                raise InputError(f"--set {each}: {section} is given already, as {place!r}.")
         try:
             place[last] = read_yaml(value)
         except yaml.YAMLError:
@@ -196,15 +204,14 @@ def _caption(arguments: argparse.Namespace) -> int:
     prompt = arguments.prompt or _prompt_of(arguments.model, arguments.lang)
     options = {"num_beams": arguments.num_beams} if arguments.num_beams else {}
     failed = []
-    for image, (caption, *_) in zip(
-        images,
-        captioner.caption_full(images, on_error="none", prompt=prompt, **options),
-        strict=True,
-    ):
-        if caption.error:
-            failed.append((image, caption.error))
-        else:
-            print(f"{image}\t{caption.text}")
+    for start in range(0, len(images), PRINTED):
+        batch = images[start : start + PRINTED]
+        found = captioner.caption_full(batch, on_error="none", prompt=prompt, **options)
+        for image, (caption, *_) in zip(batch, found, strict=True):
+            if caption.error:
+                failed.append((image, caption.error))
+            else:
+                print(f"{image}\t{caption.text}", flush=True)
     return _list_failed(failed)
 
 

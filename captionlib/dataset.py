@@ -16,7 +16,7 @@ from PIL import Image
 
 from captionlib.captions import caption_problem, clean_caption
 from captionlib.errors import InputError
-from captionlib.images import open_image
+from captionlib.images import ImageError, open_image
 from captionlib.shards import run_shards, write_atomic
 from captionlib.sources import safe_path
 
@@ -59,6 +59,10 @@ def build_dataset(
     Also writes `rows.parquet`: the table with a column `state`, either the split a row went to or
     "dropped: reason"; `accounting` counts it.
     """
+    if not (val >= 0 and test >= 0 and val + test < 1):
+        raise InputError(f"val {val} and test {test} must be shares, less than 1 together.")
+    if stored_size < 16 or not 1 <= quality <= 95:
+        raise InputError(f"stored_size {stored_size} is at least 16, quality {quality} 1 to 95.")
     out_dir = Path(out_dir)
     (out_dir / "rows.parquet").unlink(missing_ok=True)  # written last: without it nothing loads
     rows = _states(table, checks, Path(images_dir), dict(failed_downloads), max_chars)
@@ -113,6 +117,7 @@ def _states(
 ) -> pd.DataFrame:
     """The table with cleaned captions, the picture's sha256, and a reason where one is dropped."""
     rows = table.reset_index(drop=True).copy()
+    several_lines = rows.caption.fillna("").str.strip().str.contains(r"[\r\n]")
     rows["caption"] = rows.caption.fillna("").map(clean_caption)
     verdicts = checks.drop_duplicates("path").set_index("path")
     image_state: dict[str, tuple[str, str]] = {}
@@ -133,6 +138,8 @@ def _states(
         for name, caption in zip(rows.filename, rows.caption, strict=True)
     ]
     rows["state"] = [f"dropped: {reason}" if reason else "" for reason in reasons]
+    several_lines &= rows.state == ""
+    rows.loc[several_lines, "state"] = "dropped: caption of several lines (a stray quote?)"
     return rows
 
 
@@ -199,7 +206,11 @@ def _pack(items: list[dict], images_dir: str, stored_size: int, quality: int) ->
     datasets.disable_progress_bars()  # this shard's own; run_shards shows the whole
     for item in items:
         path = safe_path(images_dir, item["filename"])
-        data = encode_jpeg(shrink(open_image(path), stored_size), quality)
+        try:
+            image = open_image(path)
+        except ImageError as error:  # it was readable when it was checked
+            raise InputError(f"{path}: {error}. Run captionlib check again.") from None
+        data = encode_jpeg(shrink(image, stored_size), quality)
         item["image"] = {"bytes": data, "path": None}
     columns = {name: [item[name] for item in items] for name in FEATURES}
     return datasets.Dataset.from_dict(columns, features=FEATURES)

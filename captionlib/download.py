@@ -64,6 +64,11 @@ class Manners:
     max_bytes: int = 20_000_000
     contact: str = "not given"
 
+    def __post_init__(self):
+        for name in ("connections", "per_host", "tries", "max_bytes", "timeout"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} of download must be above 0, not {getattr(self, name)}.")
+
 
 class _Failed(Exception):
     """One try that failed; `again` is whether another may help, `wait` what the server asked."""
@@ -82,7 +87,10 @@ def download(table: pd.DataFrame, out_dir, **manners) -> pd.DataFrame:
     """
     if "url" not in table:
         raise InputError(f"The table has no column url. Its columns are: {', '.join(table)}.")
-    wanted = table[["filename", "url"]].drop_duplicates("filename")
+    wanted = table[["filename", "url"]].drop_duplicates()
+    twice = wanted.filename[wanted.filename.duplicated()]
+    if len(twice):
+        raise InputError(f"The file name {twice.iloc[0]!r} has more than one URL: one each.")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     with closing(_open_ledger(out_dir / LEDGER)) as ledger:

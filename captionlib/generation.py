@@ -21,6 +21,17 @@ from captionlib.images import ImageError, open_image
 from captionlib.shards import progress_bar
 from captionlib.tokenization import decode, encode
 
+# What transformers raises for a folder or name that is not there, not whole, or something else.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+)
+
 
 @dataclass
 class Caption:
@@ -72,7 +83,7 @@ class Captioner:
             model = load_model(path)
             processor = AutoImageProcessor.from_pretrained(path, backend="pil")
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, SafetensorError) as error:
+        except LOAD_ERRORS as error:
             raise InputError(not_loaded("captioner", path, error)) from None
         return cls(model.to(pick_device(device)).eval(), processor, tokenizer)
 

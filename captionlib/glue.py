@@ -11,7 +11,6 @@ import math
 from functools import partial
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,7 +24,7 @@ from transformers import (
 from transformers import VisionEncoderDecoderModel as VED
 
 from captionlib.errors import InputError
-from captionlib.generation import Captioner, not_loaded, refuse_missing_folder
+from captionlib.generation import LOAD_ERRORS, Captioner, not_loaded, refuse_missing_folder
 from captionlib.tokenization import load_tokenizer
 
 ODD = "\U0001f996\u9f98"  # a dinosaur and a rare character: unknown to nearly every vocabulary
@@ -98,7 +97,7 @@ def _load(load, what: str, name, **arguments):
     refuse_missing_folder(what, name)
     try:
         return load(name, **arguments)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise InputError(not_loaded(what, name, error)) from None
 
 

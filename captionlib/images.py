@@ -9,7 +9,6 @@ import io
 import tempfile
 import warnings
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -56,7 +55,7 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _read(source) -> bytes:
-    if urlsplit(str(source)).scheme in ("http", "https"):
+    if str(source).startswith(("http://", "https://")):
         from captionlib.download import fetch_bytes  # only here: a URL is the rare case
 
         return fetch_bytes(str(source))

@@ -10,6 +10,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
+from typing import get_args, get_origin
 
 import yaml
 
@@ -60,7 +61,7 @@ def load_recipe(name=None, **changes) -> Recipe:
     name = str(name or os.environ.get("CAPTIONLIB_RECIPE") or "scenes")
     path = _find(name)
     content = _read(path)
-    smoke = content.pop("smoke", {})
+    smoke = content.pop("smoke", None) or {}
     if os.environ.get("CAPTIONLIB_SMOKE") == "1":
         content = _merged(content, smoke)
     content = _merged(content, {key: value for key, value in changes.items() if value is not None})
@@ -77,7 +78,11 @@ def _read(path: Path) -> dict:
     if not isinstance(content, dict):
         raise InputError(f"The recipe {path} is not a mapping of keys to values.")
     base = content.pop("base", None)
-    return _merged(_read(_find(base)), content) if base else content
+    if base is None:
+        return content
+    if base not in bundled():
+        raise InputError(f"The base of {path} must be one of {', '.join(bundled())}, not {base!r}.")
+    return _merged(_read(_find(base)), content)
 
 
 class _Loader(yaml.SafeLoader):
@@ -120,9 +125,10 @@ def root() -> Path:
 
 
 def _merged(base: dict, over: dict) -> dict:
+    """`over` laid on `base`, mapping by mapping; an empty mapping clears what was there."""
     merged = copy.deepcopy(base)
     for key, value in over.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        nested = value and isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merged(merged[key], value) if nested else value
     return merged
 
@@ -134,8 +140,11 @@ def _check_keys(content: dict, path: Path) -> None:
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
             raise InputError(f"The recipe {path} has an unknown key {key!r}: {hint}")
-        if known[key].type is dict and not isinstance(value, dict):
-            raise InputError(f"{key} in {path} must be a mapping, not {value!r}.")
+        kinds = get_args(known[key].type) or (known[key].type,)
+        kinds = tuple(get_origin(kind) or kind for kind in kinds)
+        if not isinstance(value, kinds):
+            names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+            raise InputError(f"{key} in {path} must be {names}, not {value!r}.")
 
 
 def _rooted(recipe: Recipe) -> Recipe:

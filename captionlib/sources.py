@@ -85,7 +85,13 @@ def _read_delimited(path: Path, format: str, encoding: str, rows: int) -> Iterat
     encoding = "utf-8-sig" if encoding.lower().replace("-", "") == "utf8" else encoding  # Excel's
     text = {"dtype": str, "keep_default_na": False}  # a caption may be the word "null"
     try:
-        yield from pd.read_csv(path, sep=separator, encoding=encoding, chunksize=rows, **text)
+        for part in pd.read_csv(path, sep=separator, encoding=encoding, chunksize=rows, **text):
+            if not isinstance(part.index, pd.RangeIndex):  # pandas took the first field for it
+                raise InputError(
+                    f"{path} has rows with more fields than its header: put captions with a "
+                    "comma in quotes."
+                )
+            yield part
     except LookupError:
         raise InputError(f"No encoding {encoding!r}: for example utf-8, gbk, shift_jis.") from None
 
@@ -95,13 +101,16 @@ def _read_coco(path: Path, format: str, encoding: str, rows: int) -> Iterator[pd
     content = json.loads(path.read_text(encoding))
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise InputError(f"{path} is not a COCO captions file: no 'images' and 'annotations'.")
-    images = {image["id"]: image for image in content["images"]}
-    found = [(images[a["image_id"]], a["caption"]) for a in content["annotations"]]
-    columns = {
-        "filename": [_coco_name(image["file_name"]) for image, _ in found],
-        "caption": [caption for _, caption in found],
-        "url": [image.get("coco_url", "") for image, _ in found],
-    }
+    try:
+        images = {image["id"]: image for image in content["images"]}
+        found = [(images[a["image_id"]], a["caption"]) for a in content["annotations"]]
+        columns = {
+            "filename": [_coco_name(image["file_name"]) for image, _ in found],
+            "caption": [caption for _, caption in found],
+            "url": [image.get("coco_url", "") for image, _ in found],
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is a damaged COCO captions file: {error!r}") from None
     yield pd.DataFrame(columns, dtype=str)
 
 
@@ -129,7 +138,10 @@ def _with_our_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 def name_of_url(url: str) -> str:
     """A file name of its own for a URL: a hash of it, with the suffix the URL has."""
-    suffix = PurePosixPath(urlsplit(url).path).suffix.lower()
+    try:
+        suffix = PurePosixPath(urlsplit(url).path).suffix.lower()
+    except ValueError:  # a malformed URL; the download will say so
+        suffix = ""
     suffix = suffix if suffix[1:].isalnum() and len(suffix) <= 5 else ".img"
     return hashlib.sha256(url.encode()).hexdigest()[:20] + suffix
 

@@ -7,6 +7,7 @@ and returns plain values. A step that was done before is not done again.
 import difflib
 import inspect
 import json
+import os
 import re
 from collections import Counter
 from contextlib import nullcontext
@@ -89,7 +90,7 @@ def check(recipe: Recipe) -> pd.DataFrame:
     _check_keys(recipe.check, "check", check_image)
     names = captions_table(recipe).filename.unique()
     paths = [path for path in (safe_path(folder, name) for name in names) if path]
-    if not any(path.exists() for path in paths):
+    if not any(map(os.path.exists, paths)):
         raise InputError(
             f"No pictures of the table in the folder {folder}. Name the right one with --images, "
             "or run captionlib download first."
@@ -135,6 +136,7 @@ def new_captioner(recipe: Recipe, data: datasets.DatasetDict) -> Captioner:
 def new_collator(recipe: Recipe, captioner: Captioner, **changes) -> CaptionCollator:
     """The collator of the recipe's section `train`."""
     options = {key: recipe.train[key] for key in COLLATOR_KEYS if key in recipe.train}
+    _check_keys(options, "train", CaptionCollator)
     decoder = captioner.model.decoder.config.model_type
     if options.get("captions", "packed") == "packed" and decoder not in PACKING:
         options["captions"] = "separate"  # RoBERTa, say, counts positions in a way of its own
@@ -169,15 +171,17 @@ def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) ->
         raise InputError(f"The dataset has no split train: it has {', '.join(data)}.")
     captioner = captioner or started_captioner(recipe, data)
     captioner.model.to(pick_device(device))
-    if "flip" in recipe.train.get("augment", ""):
+    if "flip" in str(recipe.train.get("augment")):
         _refuse_sides(data["train"])
+    options = _training_options(recipe, "val" in data)
+    _check_keys(options, "train", trainer.CaptionTrainingArguments)
     collator = new_collator(recipe, captioner)
     still = new_collator(recipe, captioner, augment="none", captions_per_image=None)
     try:
         arguments = trainer.CaptionTrainingArguments(
             output_dir=str(folder),
             use_cpu=captioner.model.device.type == "cpu",
-            **_training_options(recipe, "val" in data),
+            **options,
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"The recipe's section train: {error}") from None
@@ -192,6 +196,7 @@ def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) ->
 def _training_options(recipe: Recipe, validate: bool) -> dict:
     """The section train without the collator's keys; no evaluation without a split val."""
     options = {key: value for key, value in recipe.train.items() if key not in COLLATOR_KEYS}
+    options["logging_steps"] = min(options.get("logging_steps", 50), options.get("max_steps", 50))
     for key in ("eval_strategy", "save_strategy"):
         if options.get(key) is False:  # YAML's reading of "no"
             options[key] = "no"
@@ -235,17 +240,27 @@ def finished(recipe: Recipe) -> list[dict]:
 def _trained_on(recipe: Recipe) -> str:
     """What makes a run what it is, as YAML: the model, the training, the dataset's shards."""
     names = ("prompt", "tokenizer", "encoder", "decoder", "train")
-    shards = sorted(path.name for path in recipe.dataset_dir.glob("*-*.parquet"))
-    return yaml.safe_dump({name: getattr(recipe, name) for name in names} | {"dataset": shards})
+    content = {name: getattr(recipe, name) for name in names} | {"dataset": _shards(recipe)}
+    return yaml.safe_dump(content)
+
+
+def _shards(recipe: Recipe) -> list[str]:
+    """The dataset's files, whose names hold a hash of what they are made of."""
+    return sorted(path.name for path in recipe.dataset_dir.glob("*-*.parquet"))
 
 
 def _check_keys(section: dict, name: str, function) -> None:
-    """InputError for a key of the section that its function does not know."""
+    """InputError for a key that the function does not know, or a value of another kind."""
     known = inspect.signature(function).parameters
-    for key in section:
+    for key, value in section.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1) or list(known)
             raise InputError(f"Unknown key {key!r} in {name}: did you mean {', '.join(near)}?")
+        default = known[key].default
+        kind = (int, float) if type(default) in (int, float) else type(default)
+        plain = isinstance(default, int | float | str) and not isinstance(default, bool)
+        if plain and (not isinstance(value, kind) or isinstance(value, bool) or value != value):
+            raise InputError(f"{key} in {name} must be like {default!r}, not {value!r}.")
 
 
 def evaluate(
@@ -260,6 +275,12 @@ def evaluate(
     `scores-<split>.csv` and `captions-<split>.csv` to the run's folder.
     """
     split = split or recipe.evaluate.get("split", "test")
+    before = Path(recipe.run_dir) / TRAINED_ON
+    if before.exists() and yaml.safe_load(before.read_text("utf-8"))["dataset"] != _shards(recipe):
+        raise InputError(
+            f"The run {recipe.run_dir} was trained on another dataset than {recipe.dataset_dir}: "
+            "its training images may be in this split. Build that one again, or train anew."
+        )
     if split not in data:
         raise InputError(f"No split {split!r} in the dataset: it has {', '.join(data)}.")
     rows = data[split].select(range(min(len(data[split]), recipe.evaluate.get("images", 1000))))
@@ -279,7 +300,10 @@ def _evaluate_lang(recipe: Recipe, captioner: Captioner, rows, train, lang: str)
     rows = rows.select([i for i, langs in enumerate(rows["langs"]) if lang in langs])
     references = [_of_lang(row, lang) for row in rows.select_columns(["captions", "langs"])]
     prompt = recipe.prompt.format(lang=lang) or None
-    predictions = captioner.caption(rows["image"], prompt=prompt, **recipe.generate)
+    try:
+        predictions = captioner.caption(rows["image"], prompt=prompt, **recipe.generate)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The recipe's section generate: {error}") from None
     names = rows["filename"]
     constant = _best_constant(recipe, train, lang, names)
     systems = {

@@ -76,6 +76,37 @@ def test_a_handful_of_photographs_and_no_validation_split(workplace):
         assert run("train", *options) == 0
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ["dataset.val=2.0", "dataset.val=-1", "dataset.val=.nan", "dataset.quality=900"],
+)
+def test_shares_and_sizes_out_of_range_are_refused(workplace, wrong, capsys):
+    assert run("check", "--recipe", "tiny.yaml") == 0
+    assert run("build", "--recipe", "tiny.yaml", "--set", wrong) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_run_is_not_scored_on_another_split_of_the_pictures(workplace, capsys):
+    prepared(workplace)
+    assert run("train", "--recipe", "tiny.yaml") == 0
+    assert run("build", "--recipe", "tiny.yaml", "--set", "dataset.seed=5") == 0
+    assert run("evaluate", "--recipe", "tiny.yaml") == 2
+    assert "trained on another dataset" in capsys.readouterr().err
+
+
+def test_the_recipe_for_pretrained_halves_has_the_decoders_tokenizer(workplace):
+    """The example in my_data.yaml's comment, read as YAML."""
+    lines = cli.load_recipe.__globals__["_find"]("my_data").read_text("utf-8").splitlines()
+    example = [line[4:] for line in lines if line.startswith("#   ") and ":" in line]
+    start_line = next(i for i, line in enumerate(example) if line.startswith("base:"))
+    (workplace / "own.yaml").write_text("\n".join(example[start_line:]), "utf-8")
+    recipe = load_recipe("own.yaml")
+    assert recipe.tokenizer == {}
+    assert recipe.encoder.startswith("google/")
+    assert recipe.train["learning_rate"] == 5e-5
+    assert recipe.train["muon_learning_rate"] == 0
+
+
 def test_a_mistake_does_not_lock_the_run(workplace, capsys):
     prepared(workplace)
     assert run("train", "--recipe", "tiny.yaml", "--set", "train.lerning_rate=0.1") == 2
@@ -113,6 +144,13 @@ def test_table_and_images_without_a_recipe(workplace, capsys):
         (["check", "--recipe", "tiny.yaml", "--set", "check=[1"], "is no YAML value"),
         (["check", "--recipe", "tiny.yaml", "--set", "table.train=x.csv"], "No captions table"),
         (["download", "--recipe", "tiny.yaml"], "nothing to download"),
+        (["check", "--recipe", "tiny.yaml", "--set", "check.min_side=x"], "must be like 16"),
+        (["check", "--recipe", "tiny.yaml", "--set", "lang=[en]"], "lang in "),
+        (["check", "--recipe", "tiny.yaml", "--set", "images=5"], "images in "),
+        (["check", "--table", "commas.csv", "--images", "photos"], "with a comma in quotes"),
+        (["check", "--table", "bad.json", "--images", "photos"], "damaged COCO"),
+        (["download", "--table", "twice.csv"], "more than one URL"),
+        (["caption", "a.png", "--model", "photos"], "holds no captioner"),
         (["caption", "a.png", "--model", "run", "--device", "banana"], "No captioner"),
     ],
 )  # fmt: skip
@@ -121,6 +159,9 @@ def test_a_mistake_is_one_line_with_a_remedy(workplace, arguments, message, caps
     (workplace / "nocolumn.csv").write_text("a,b\n1,2\n")
     (workplace / "empty.csv").write_text("text,filename\n")
     (workplace / "gbk.csv").write_bytes("text,filename\n一只猫在睡觉,1.jpg\n".encode("gbk"))
+    (workplace / "commas.csv").write_text("text,filename\na dog, a park,1.jpg\n")
+    (workplace / "bad.json").write_text('{"images": [1], "annotations": [{}]}')
+    (workplace / "twice.csv").write_text("text,url,filename\nx,http://h/1,a\ny,http://h/2,a\n")
     (workplace / "void").mkdir()
     (workplace / "typo.yaml").write_text("tabel: x.csv\n")
     (workplace / "broken.yaml").write_text("a: [1\n")

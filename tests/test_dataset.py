@@ -31,6 +31,7 @@ def test_every_row_is_in_exactly_one_state(parts):
         {"filename": table.filename[0], "caption": table.caption[0]},  # repeated
         {"filename": table.filename[0], "caption": "  \t "},
         {"filename": table.filename[0], "caption": "!?"},
+        {"filename": table.filename[0], "caption": "a dog\nb.jpg,a cat"},
         {"filename": table.filename[0], "caption": "x" * 300},
         {"filename": "../../etc/passwd", "caption": "a file"},
         {"filename": "nowhere.png", "caption": "a ghost"},
@@ -44,6 +45,7 @@ def test_every_row_is_in_exactly_one_state(parts):
         "dropped: repeated caption",
         "dropped: empty caption",
         "dropped: caption without a letter",
+        "dropped: caption of several lines (a stray quote?)",
         "dropped: caption longer than 200 characters",
         "dropped: unsafe file name",
         "dropped: image not checked",
