@@ -3,6 +3,7 @@
 Takes plain values (images, lists, DataFrames), never a model. Used by all notebooks.
 """
 
+import warnings
 from pathlib import Path
 from textwrap import fill
 
@@ -29,8 +30,9 @@ def cjk_font() -> str | None:
 
 
 def use_fonts() -> str | None:
-    """Let matplotlib fall back to that font, and return its name."""
+    """Let matplotlib fall back to that font, and return its name; without one it draws boxes."""
     name = cjk_font()
+    warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a line a character
     matplotlib.rcParams["font.family"] = ["DejaVu Sans", *([name] if name else [])]
     return name
 
