@@ -98,11 +98,10 @@ def load_dataset(path) -> datasets.DatasetDict:
             "(or: captionlib build)."
         )
     datasets.disable_progress_bars()  # opening takes a moment
-    order = [split for split in (*SPLITS, *sorted(files)) if split in files]
+    order = dict.fromkeys([*SPLITS, *sorted(files)])  # ours first, each once
+    in_order = {split: files[split] for split in order if split in files}
     cache = str(Path(path) / ".cache")
-    return datasets.load_dataset(
-        "parquet", data_files={s: files[s] for s in dict.fromkeys(order)}, cache_dir=cache
-    )
+    return datasets.load_dataset("parquet", data_files=in_order, cache_dir=cache)
 
 
 def accounting(path) -> pd.DataFrame:
@@ -174,9 +173,7 @@ def _share(groups: int, share: float) -> int:
 
 def _keep_official_splits(rows: pd.DataFrame, usable: pd.Series) -> None:
     """Give rows the split the table names; a picture named in two stays in its first one."""
-    wrong = sorted(
-        set(rows["split"][usable]) - {""} - {name for name in rows["split"] if WORD(name)}
-    )
+    wrong = sorted(name for name in rows["split"][usable].unique() if name and not WORD(name))
     if wrong:
         raise InputError(f"The split {wrong[0]!r} of the table is no name: use train, val, test.")
     named = rows[usable & (rows["split"] != "")]

@@ -24,20 +24,9 @@ import pandas as pd
 import captionlib
 from captionlib.errors import InputError
 from captionlib.images import ImageError
-from captionlib.shards import progress_bar
+from captionlib.shards import progress_bar, write_atomic
 from captionlib.sources import safe_path
 
-LEDGER_COLUMNS = [
-    "filename",
-    "url",
-    "status",
-    "reason",
-    "tries",
-    "http_status",
-    "bytes",
-    "sha256",
-    "time",
-]
 USER_AGENT = f"captionlib/{captionlib.__version__} (dataset download; contact: {{contact}})"
 RETRY_HTTP = {408, 429, 500, 502, 503, 504}
 LEDGER = "ledger.sqlite"  # in the pictures' folder
@@ -191,7 +180,7 @@ async def _settle(session, filename: str, url: str, out_dir: Path, manners: Mann
             reason = str(failed)
             return filename, url, "failed", reason, tries, failed.http, None, None, time.time()
         try:
-            _write(path, body)
+            write_atomic(path, lambda temporary, body=body: temporary.write_bytes(body))
         except OSError as error:
             if error.errno not in BAD_NAME:
                 raise
@@ -200,16 +189,6 @@ async def _settle(session, filename: str, url: str, out_dir: Path, manners: Mann
         digest = hashlib.sha256(body).hexdigest()
         return filename, url, "ok", "", tries, 200, len(body), digest, time.time()
     raise AssertionError("unreachable: the last try returns")
-
-
-def _write(path: Path, body: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_bytes(body)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 async def _fetch(session: aiohttp.ClientSession, url: str, max_bytes: int) -> bytes:

@@ -53,7 +53,7 @@ class Explanation:
 
 
 def pick_device(name: str = "auto") -> str:
-    """ "cuda", "mps" or "cpu" for "auto"; any other name as it is."""
+    """What there is for "auto", else the name itself. Raises InputError for a device not here."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
