@@ -1,35 +1,31 @@
 """Download the pictures of a caption table: many at once, politely, resumable, with a ledger.
 
 Every URL has one row in a SQLite file beside the pictures: status, reason, tries, bytes, sha256.
-Files are written under a temporary name and renamed. Stop it with Ctrl-C and start it again.
-Used by processdata_01.
+Files are written under a temporary name and renamed. Stop it with Ctrl-C, or kill it, and start it
+again. One fetch is fetch.py's. Used by processdata_01.
 """
 
 import asyncio
-import email.utils
 import errno
 import hashlib
 import os
+import re
 import sqlite3
-import threading
 import time
-from collections.abc import Coroutine, Iterable
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
-import aiohttp
 import pandas as pd
 
-import captionlib
 from captionlib.errors import InputError
-from captionlib.images import ImageError
-from captionlib.shards import progress_bar, write_atomic
+from captionlib.fetch import PASSING, Fetcher, FetchError, Manners, run_coroutine
+from captionlib.shards import progress_bar
 from captionlib.sources import safe_path
 
-USER_AGENT = f"captionlib/{captionlib.__version__} (dataset download; contact: {{contact}})"
-RETRY_HTTP = {408, 429, 500, 502, 503, 504}
 LEDGER = "ledger.sqlite"  # in the pictures' folder
+LEFTOVER = re.compile(r"\..+\.\d+\.part")  # what `_store` leaves when it is killed
 BAD_NAME = (
     errno.ENAMETOOLONG,
     errno.EISDIR,
@@ -38,95 +34,138 @@ BAD_NAME = (
     errno.EINVAL,
 )  # of one file
 COMMIT_SECONDS = 0.5  # a killed process repeats at most this much
+SETTLE_SECONDS = 60.0  # after a crash, the files of at most this time are read again
+OPEN_URLS = 32  # for each connection: those that wait for a slow host hold up no other
+# wanted: the table's file names and URLs, in its order
+WANTED = "FROM wanted LEFT JOIN downloads USING (filename) ORDER BY wanted.rowid"
+COLUMNS = {
+    "filename": "str", "url": "str", "status": "str", "reason": "str", "tries": "Int64",
+    "http_status": "Int64", "bytes": "Int64", "sha256": "str", "time": "float64",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Manners:
-    """How to fetch. timeout in seconds for a whole try, max_bytes for a body."""
-
-    connections: int = 64
-    per_host: int = 16
-    timeout: float = 20.0
-    tries: int = 3
-    wait: float = 0.5  # seconds before the second try; doubled each time
-    max_wait: float = 30.0  # a server that asks for more (Retry-After) is given up
-    max_bytes: int = 20_000_000
-    contact: str = "not given"
-
-    def __post_init__(self):
-        for name in ("connections", "per_host", "tries", "max_bytes", "timeout"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} of download must be above 0, not {getattr(self, name)}.")
-
-
-class _Failed(Exception):
-    """One try that failed; `again` is whether another may help, `wait` what the server asked."""
-
-    def __init__(self, reason: str, http: int | None = None, again=False, wait: float = 0):
-        super().__init__(reason)
-        self.http, self.again, self.wait = http, again, wait
-
-
-def download(table: pd.DataFrame, out_dir, **manners) -> pd.DataFrame:
+def download(table: pd.DataFrame, out_dir, retry: Sequence[str] = (), **manners) -> pd.DataFrame:
     """Fetch `table.url` to `out_dir / table.filename`; one row a file name of the table.
 
     Columns: filename, url, status ("ok" or "failed"), reason, tries, http_status, bytes, sha256,
     time (seconds since 1970). Rows that are "ok" and whose file is there are not fetched again;
-    failed ones are. `manners`: the fields of Manners. The ledger is `out_dir / "ledger.sqlite"`.
+    those that failed for a passing reason (`fetch.PASSING`) are, the others are not. With `retry`,
+    only failures of its classes are: a reason, its beginning, an HTTP status, or "all".
+    `manners`: the fields of Manners. The ledger is `out_dir / "ledger.sqlite"`. Raises InputError.
     """
+    manners = Manners(**manners)
+    wanted = _wanted(table)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with closing(_open_ledger(out_dir / LEDGER)) as ledger:
+        _remove_leftovers(out_dir)
+        ledger.execute("CREATE TEMP TABLE wanted (filename TEXT, url TEXT)")
+        ledger.executemany(
+            "INSERT INTO wanted VALUES (?, ?)", zip(wanted.filename, wanted.url, strict=True)
+        )
+        todo = wanted[_to_do(ledger, out_dir, _classes(ledger, retry))]
+        try:
+            run_coroutine(_download_all(todo, out_dir, ledger, manners, len(wanted)))
+        finally:
+            _settle(ledger, _sync_to_disk(_last_row(ledger)))
+        parts = pd.read_sql(
+            f"SELECT filename, {', '.join(f'downloads.{name}' for name in list(COLUMNS)[1:])} "
+            + WANTED,
+            ledger,
+            dtype=COLUMNS,
+            chunksize=100_000,
+        )
+        return pd.concat(parts, ignore_index=True)
+
+
+def _wanted(table: pd.DataFrame) -> pd.DataFrame:
     if "url" not in table:
         raise InputError(f"The table has no column url. Its columns are: {', '.join(table)}.")
     wanted = table[["filename", "url"]].drop_duplicates()
     twice = wanted.filename[wanted.filename.duplicated()]
     if len(twice):
         raise InputError(f"The file name {twice.iloc[0]!r} has more than one URL: one each.")
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with closing(_open_ledger(out_dir / LEDGER)) as ledger:
-        known = pd.read_sql("SELECT * FROM downloads", ledger).set_index("filename")
-        done = _settled(known, out_dir)
-        todo = [r for r in wanted.itertuples(index=False) if done.get(r.filename) != r.url]
-        if todo:
-            run_coroutine(_download_all(todo, out_dir, ledger, Manners(**manners), len(wanted)))
-        ledger_now = pd.read_sql("SELECT * FROM downloads", ledger)
-    return wanted[["filename"]].merge(ledger_now, on="filename", how="left")
+    return wanted
 
 
 def _open_ledger(path: Path) -> sqlite3.Connection:
-    ledger = sqlite3.connect(path, check_same_thread=False)  # the loop has a thread of its own
-    ledger.execute("PRAGMA journal_mode=WAL")
-    ledger.execute(
-        "CREATE TABLE IF NOT EXISTS downloads (filename TEXT PRIMARY KEY, url TEXT, status TEXT, "
-        "reason TEXT, tries INTEGER, http_status INTEGER, bytes INTEGER, sha256 TEXT, time REAL)"
-    )
+    """The ledger, locked until it is closed or its process ends."""
+    ledger = sqlite3.connect(path, timeout=0, check_same_thread=False)  # the loop has a thread
+    try:
+        ledger.execute("PRAGMA locking_mode=EXCLUSIVE")
+        ledger.execute("PRAGMA journal_mode=WAL")
+        ledger.execute("PRAGMA synchronous=FULL")
+        with ledger:
+            ledger.execute("BEGIN IMMEDIATE")
+            ledger.execute(
+                "CREATE TABLE IF NOT EXISTS downloads (filename TEXT PRIMARY KEY, url TEXT, "
+                "status TEXT, reason TEXT, tries INTEGER, http_status INTEGER, bytes INTEGER, "
+                "sha256 TEXT, time REAL)"
+            )
+            if not ledger.execute(
+                "SELECT 1 FROM pragma_table_info('downloads') WHERE name = 'settled'"
+            ).fetchone():  # new, or written by version 0.1
+                ledger.execute("ALTER TABLE downloads ADD COLUMN settled INTEGER DEFAULT 0")
+    except sqlite3.OperationalError as error:
+        ledger.close()
+        if "locked" not in str(error):
+            raise
+        raise InputError(
+            f"Another download is running in {path.parent}: wait until it ends, or stop it."
+        ) from None
     return ledger
 
 
-def _settled(known: pd.DataFrame, out_dir: Path) -> dict[str, str]:
-    """{filename: url} of what was fetched and is still there with the size it had."""
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(out_dir)}
-    ok = known[known.status == "ok"]
-    return {
-        name: url
-        for name, url, size in zip(ok.index, ok.url, ok.bytes, strict=True)
-        if (sizes.get(name) if "/" not in name else _size(out_dir / name)) == size
-    }
+def _remove_leftovers(out_dir: Path) -> None:
+    for folder, _, names in os.walk(out_dir):
+        for name in filter(LEFTOVER.fullmatch, names):
+            os.remove(os.path.join(folder, name))
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def _classes(ledger: sqlite3.Connection, retry: Sequence[str]) -> tuple[str, ...]:
+    """Beginnings of reasons that are asked again."""
+    reasons = [r for (r,) in ledger.execute("SELECT DISTINCT reason FROM downloads") if r]
+    classes = tuple(f"http {name}" if str(name).isdecimal() else name for name in retry)
+    for name in classes:
+        if name != "all" and not any(r.startswith(name) for r in (*reasons, *PASSING)):
+            known = ", ".join(sorted({_class(r) for r in reasons})) or "none"
+            raise InputError(f"No download failed with {name!r}. To retry there are: {known}, all.")
+    return ("",) if "all" in classes else classes or PASSING
+
+
+def _to_do(ledger: sqlite3.Connection, out_dir: Path, again: tuple[str, ...]) -> list[bool]:
+    rows = ledger.execute(
+        "SELECT filename, status, reason, bytes, IIF(settled, NULL, sha256), "
+        f"wanted.url = downloads.url {WANTED}"
+    )
+    return [
+        not same_url
+        or (reason.startswith(again) if status != "ok" else not _is_there(out_dir, name, *file))
+        for name, status, reason, *file, same_url in rows
+    ]
+
+
+def _is_there(out_dir: Path, name: str, size: int, sha256: str | None) -> bool:
+    """Whether the file has its size and, where it may not have reached the disk, its content."""
+    path = os.path.join(out_dir, name)
+    try:
+        if os.stat(path).st_size != size:
+            return False
+        return sha256 is None or hashlib.sha256(Path(path).read_bytes()).hexdigest() == sha256
+    except OSError:
+        return False
 
 
 async def _download_all(
-    todo: list, out_dir: Path, ledger: sqlite3.Connection, manners: Manners, total: int
+    todo: pd.DataFrame, out_dir: Path, ledger: sqlite3.Connection, manners: Manners, total: int
 ) -> None:
-    waiting = iter(todo)
+    waiting = zip(todo.filename, todo.url, strict=True)
     finished: list[tuple] = []
     bar = progress_bar(total, "download", total - len(todo))
 
     async def work() -> None:
-        for row in waiting:
-            finished.append(await _settle(session, row.filename, row.url, out_dir, manners))
+        for filename, url in waiting:
+            finished.append(await _download_one(fetcher, filename, url, out_dir))
             bar.update()
 
     async def commit_now_and_then() -> None:
@@ -134,25 +173,25 @@ async def _download_all(
             await asyncio.sleep(COMMIT_SECONDS)
             _commit(ledger, finished)
 
-    async with _session(manners) as session:
-        committing = asyncio.create_task(commit_now_and_then())
-        workers = [asyncio.create_task(work()) for _ in range(manners.connections)]
+    async def settle_now_and_then() -> None:
+        while True:
+            await asyncio.sleep(SETTLE_SECONDS)
+            _settle(ledger, await asyncio.to_thread(_sync_to_disk, _last_row(ledger)))
+
+    async with Fetcher(manners) as fetcher:
+        keepers = [asyncio.create_task(job()) for job in (commit_now_and_then, settle_now_and_then)]
+        places = min(len(todo), OPEN_URLS * manners.connections)
+        workers = [asyncio.create_task(work()) for _ in range(places)]
+        jobs = [asyncio.gather(*workers), *keepers]
         try:
-            await asyncio.gather(*workers)
+            ended, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+            ended.pop().result()  # raises what went wrong: a full disk, say
         finally:
-            for task in (committing, *workers):
+            for task in (*keepers, *workers):
                 task.cancel()
-            await asyncio.gather(committing, *workers, return_exceptions=True)
+            await asyncio.gather(*jobs, *workers, return_exceptions=True)
             _commit(ledger, finished)
             bar.close()
-
-
-def _session(manners: Manners) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=manners.connections, limit_per_host=manners.per_host),
-        timeout=aiohttp.ClientTimeout(total=manners.timeout),
-        headers={"User-Agent": USER_AGENT.format(contact=manners.contact)},
-    )
 
 
 def _commit(ledger: sqlite3.Connection, finished: list[tuple]) -> None:
@@ -160,130 +199,71 @@ def _commit(ledger: sqlite3.Connection, finished: list[tuple]) -> None:
     finished.clear()
     with ledger:
         ledger.executemany(
-            "INSERT OR REPLACE INTO downloads VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
+            "INSERT OR REPLACE INTO downloads VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0)", rows
         )
 
 
-async def _settle(session, filename: str, url: str, out_dir: Path, manners: Manners) -> tuple:
-    """Try until it is there or given up; a row of the ledger."""
+def _last_row(ledger: sqlite3.Connection) -> int:
+    return ledger.execute("SELECT max(rowid) FROM downloads").fetchone()[0] or 0
+
+
+def _sync_to_disk(last_row: int) -> int:
+    """Files written until now survive a power failure after this (Windows has no such call)."""
+    if hasattr(os, "sync"):
+        os.sync()
+    return last_row
+
+
+def _settle(ledger: sqlite3.Connection, last_row: int) -> None:
+    """Rows up to this one, whose files are on the disk: no need to read them again at a start."""
+    with ledger:
+        ledger.execute(
+            "UPDATE downloads SET settled = 1 WHERE settled = 0 AND rowid <= ?", (last_row,)
+        )
+
+
+async def _download_one(fetcher: Fetcher, filename: str, url: str, out_dir: Path) -> tuple:
+    """A row of the ledger."""
     path = safe_path(out_dir, filename)
-    if path is None or filename.startswith(LEDGER):
-        return filename, url, "failed", "unsafe file name", 0, None, None, None, time.time()
-    for tries in range(1, manners.tries + 1):
-        try:
-            body = await _fetch(session, url, manners.max_bytes)
-        except _Failed as failed:
-            wait = failed.wait or manners.wait * 2 ** (tries - 1)
-            if failed.again and tries < manners.tries and wait <= manners.max_wait:
-                await asyncio.sleep(wait)
-                continue
-            reason = str(failed)
-            return filename, url, "failed", reason, tries, failed.http, None, None, time.time()
-        try:
-            write_atomic(path, lambda temporary, body=body: temporary.write_bytes(body))
-        except OSError as error:
-            if error.errno not in BAD_NAME:
-                raise
-            reason = f"cannot be written: {error.strerror}"
-            return filename, url, "failed", reason, tries, 200, None, None, time.time()
-        digest = hashlib.sha256(body).hexdigest()
-        return filename, url, "ok", "", tries, 200, len(body), digest, time.time()
-    raise AssertionError("unreachable: the last try returns")
-
-
-async def _fetch(session: aiohttp.ClientSession, url: str, max_bytes: int) -> bytes:
-    """The body of an image URL, or _Failed with a reason."""
-    if not url.startswith(("http://", "https://")):
-        raise _Failed("not an http(s) url")
     try:
-        async with session.get(url, max_redirects=5) as answer:
-            if answer.status != 200:
-                again = answer.status in RETRY_HTTP
-                wait = _retry_after(answer.headers.get("Retry-After", ""))
-                raise _Failed(f"http {answer.status}", answer.status, again, wait)
-            if answer.content_type in ("text/html", "application/xhtml+xml"):
-                raise _Failed("a web page, not an image", 200)
-            return await _read_body(answer, max_bytes)
-    except TimeoutError:
-        raise _Failed("timeout", again=True) from None
-    except aiohttp.TooManyRedirects:
-        raise _Failed("too many redirects") from None
-    except aiohttp.ClientPayloadError:
-        raise _Failed("connection cut short", again=True) from None
-    except (aiohttp.InvalidURL, ValueError):
-        raise _Failed("invalid url") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise _Failed(f"no connection: {type(error).__name__}", again=True) from None
+        if path is None or filename.startswith(LEDGER):
+            raise FetchError("unsafe file name")
+        kept, tries = await fetcher.fetch(url, partial(_store, path))
+        if isinstance(kept, OSError):
+            if kept.errno not in BAD_NAME:
+                raise kept  # a full disk, say: no other file would do better
+            raise FetchError(f"cannot be written: {kept.strerror}", 200, tries=tries)
+    except FetchError as failed:
+        reason = str(failed)
+        return filename, url, "failed", reason, failed.tries, failed.http, None, None, time.time()
+    return filename, url, "ok", "", tries, 200, *kept, time.time()
 
 
-async def _read_body(answer: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    body = bytearray()
-    async for piece in answer.content.iter_chunked(1 << 16):
-        body += piece
-        if len(body) > max_bytes:
-            raise _Failed(f"more than {max_bytes / 1e6:.0f} MB", 200)
-    if not body:
-        raise _Failed("empty answer", 200)
-    return bytes(body)
-
-
-def _retry_after(value: str) -> float:
-    """Seconds, from the header's number or date (RFC 9110, section 10.2.3)."""
-    if value.isdigit():
-        return float(value)
-    date = email.utils.parsedate_tz(value)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
-
-
-def fetch_bytes(url: str) -> bytes:
-    """One URL's body, for `open_image`. Raises ImageError with the reason."""
-
-    async def fetch() -> bytes:
-        manners = Manners()
-        async with _session(manners) as session:
-            return await _fetch(session, url, manners.max_bytes)
-
+def _store(path: Path, body: bytearray) -> tuple[int, str] | OSError:
+    """Write, then rename: a file under its own name is whole. Its size and sha256."""
+    temporary = f"{path.parent}/.{path.name}.{os.getpid()}.part"
     try:
-        return run_coroutine(fetch())
-    except _Failed as failed:
-        raise ImageError(f"cannot be downloaded: {failed}") from None
-
-
-def run_coroutine(coroutine: Coroutine):
-    """asyncio.run in a thread of its own: inside Jupyter a loop runs already. Ctrl-C cancels it."""
-    outcome: list = []
-    ended = threading.Event()  # not join: interrupted, it takes the thread for ended (Python 3.11)
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(coroutine)
-
-    def run() -> None:
-        try:
-            outcome.append(loop.run_until_complete(task))
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread below
-            outcome.append(error)
-        finally:
-            loop.close()
-            ended.set()
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        while not ended.wait(0.1):  # short waits: a plain one would not see Ctrl-C on Windows
-            pass
-    except KeyboardInterrupt:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(task.cancel)
-        ended.wait()
-        raise
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb", buffering=0) as file:
+            file.write(body)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.remove(temporary)
+        return error
+    return len(body), hashlib.sha256(body).hexdigest()
 
 
 def outcomes(downloads: pd.DataFrame) -> pd.DataFrame:
     """How many files ended how: columns outcome, files, share; the largest first."""
-    label = downloads.reason.where(downloads.status != "ok", "downloaded").fillna("not tried")
+    reasons = downloads.reason.fillna("not tried").map(_class)
+    label = reasons.where(downloads.status != "ok", "downloaded")
     files = label.value_counts().rename_axis("outcome").reset_index(name="files")
     return files.assign(share=files.files / max(1, files.files.sum()))
+
+
+def _class(reason: str) -> str:
+    return reason.partition(":")[0]
 
 
 def failures(downloads: pd.DataFrame) -> Iterable[tuple[str, str]]:
