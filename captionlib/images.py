@@ -4,21 +4,37 @@ Knows nothing of captions or models. Used by processdata_02, by the captioner (w
 bytes, URLs and PIL images through `open_image`) and by the dataset builder.
 """
 
+import functools
 import hashlib
 import io
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
-import pandas as pd
-from PIL import Image, ImageOps, UnidentifiedImageError
+import imagehash
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from captionlib.errors import InputError
-from captionlib.shards import run_shards
+from captionlib.shards import Job, run_shards
 
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; Pillow itself only warns, at 89 million
-MIN_SIDE = 16  # pixels; smaller ones are icons and tracking pixels
-CHECK_COLUMNS = ["path", "ok", "reason", "width", "height", "format", "mode", "sha256"]
+POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+CHECKS = pa.schema(
+    {
+        "path": pa.string(),
+        "ok": pa.bool_(),
+        "reason": pa.string(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "format": pa.string(),
+        "mode": pa.string(),
+        "sha256": pa.string(),
+        "phash": pa.string(),
+    }
+)
 
 
 class ImageError(InputError):
@@ -36,6 +52,8 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     data = source if isinstance(source, bytes) else _read(source)
     if not data:
         raise ImageError("empty file")
+    if data.startswith(POSTSCRIPT):
+        raise ImageError("a PostScript program, which is not run")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what the verdict says
         try:
@@ -46,6 +64,8 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise ImageError(f"not an image{_looks_like(data)}") from None
         except Image.DecompressionBombError as error:
             raise ImageError(f"too many pixels: {error}") from None
+        except MemoryError:
+            raise ImageError("needs too much memory") from None
         except ImageError:
             raise
         except Exception as error:  # noqa: BLE001 - Pillow's readers raise anything on broken files
@@ -56,10 +76,12 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _read(source) -> bytes:
     if str(source).startswith(("http://", "https://")):
-        from captionlib.download import fetch_bytes  # only here: a URL is the rare case
+        from captionlib.fetch import fetch_bytes  # only here: a URL is the rare case
 
         return fetch_bytes(str(source))
     try:
+        if Path(source).exists() and not Path(source).is_file():
+            raise ImageError("not a file")  # to read a pipe or a device might never end
         return Path(source).read_bytes()
     except FileNotFoundError:
         raise ImageError("no such file") from None
@@ -77,17 +99,35 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
+    profile = image.info.get("icc_profile")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    if image.mode in ("RGBA", "P"):
+        image = image.convert("RGB")
+    to_srgb = _srgb_transform(profile, image.mode) if profile or image.mode == "LAB" else None
+    return to_srgb.apply(image) if to_srgb else image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=32)
+def _srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a picture's ICC profile (LAB without one: D50) to sRGB; None where nothing is to do."""
+    try:
+        source = ImageCms.ImageCmsProfile(
+            io.BytesIO(profile) if profile else ImageCms.createProfile("LAB")
+        )
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return None
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):  # broken, or of another mode: viewers ignore it, too
+        return None
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Deep grey scaled to 0-255: by 16 bit where it fits, else by its own range."""
+    """Deep grey scaled to 0-255: by 8 or 16 bit where it fits, else (12 bit, float) its range."""
     image = image.convert("F")
     low, high = image.getextrema()
-    if low >= 0 and 255 < high <= 65535:
+    if low >= 0 and 4096 <= high <= 65535:
         low, high = 0, 65535
     elif low >= 0 and high <= 255:
         low, high = 0, 255
@@ -100,34 +140,75 @@ def _looks_like(data: bytes) -> str:
     return ": a web page" if head.startswith((b"<!doctype", b"<html", b"<?xml")) else ""
 
 
-def check_image(path, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE) -> dict:
-    """The verdict on one file as a row of `check_images`."""
-    row = dict.fromkeys(CHECK_COLUMNS) | {"path": str(path), "ok": False, "reason": ""}
+def check_image(
+    path,
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = 16,
+    max_aspect: float = 6.0,
+    min_contrast: int = 8,
+) -> dict:
+    """The verdict on one file as a row of `check_images`.
+
+    min_side: pixels; smaller pictures are icons and tracking pixels. max_aspect: long side over
+    short side; more is a banner. min_contrast: levels (0-255) between the darkest and the lightest
+    value of some channel; less is a picture of one colour.
+    """
+    row = dict.fromkeys(CHECKS.names) | {"path": str(path), "ok": False, "reason": ""}
     try:
         image = open_image(path, max_pixels)
     except ImageError as error:
         return row | {"reason": str(error)}
     row |= {"width": image.width, "height": image.height, **image.info}
     row["sha256"] = hashlib.sha256(image.tobytes()).hexdigest()  # of the pixels, not of the file
+    contrast = max(high - low for low, high in image.getextrema())
     if min(image.size) < min_side:
-        return row | {"reason": f"too small: a side under {min_side} px"}
-    return row | {"ok": True}
+        row["reason"] = f"too small: a side under {min_side} px"
+    elif max(image.size) > max_aspect * min(image.size):
+        row["reason"] = f"too long: over {max_aspect:g} times as long as wide"
+    elif contrast < min_contrast:
+        row["reason"] = "a single colour"
+    else:
+        small = image.resize((64, 64), Image.Resampling.BOX, reducing_gap=2)  # the hash sees 32
+        row |= {"ok": True, "phash": str(imagehash.phash(small))}
+    return row
 
 
-def check_images(paths, out_dir=None, workers: int | None = None, **limits) -> pd.DataFrame:
-    """Decode every file; one row a file: path, ok, reason, width, height, format, mode, sha256.
+def check_images(paths: Iterable, out_dir=None, **options):
+    """Decode every file; one row a file, as a pandas.DataFrame.
 
-    width and height are in pixels, upright; sha256 is of the decoded pixels, so equal pictures in
-    different files have the same. `limits`: max_pixels, min_side. With `out_dir`, finished shards
-    of 1,000 files are kept there, and a check that was stopped goes on where it was.
+    Columns: path, ok, reason, width, height (pixels, upright), format, mode, sha256 (of the
+    decoded pixels, so equal pictures in different files have the same), phash (perceptual hash of
+    64 bits as 16 hexadecimal digits, Zauner 2010; of usable pictures). options: those of
+    `write_checks` and the limits of `check_image`. With `out_dir`, finished shards of 1,000 files
+    are kept there, and a check that was stopped goes on where it was.
     """
-    paths = [str(path) for path in paths]
     with tempfile.TemporaryDirectory() as scratch:
-        shards = run_shards(
-            _check_shard, paths, out_dir or scratch, key=_file_state, workers=workers, **limits
-        )
-        table = pd.concat([pd.DataFrame(columns=CHECK_COLUMNS), *map(pd.read_parquet, shards)])
-    return table.reset_index(drop=True).astype({"ok": bool, "width": "Int64", "height": "Int64"})
+        shards = write_checks(paths, out_dir or scratch, **options)
+        table = pa.concat_tables([CHECKS.empty_table(), *map(pq.read_table, shards)])
+    return table.to_pandas()
+
+
+def write_checks(
+    paths: Iterable,
+    out_dir,
+    workers: int | None = None,
+    timeout: float = 30.0,
+    engine: str = "processes",
+    total: int | None = None,
+    **limits,
+) -> list[Path]:
+    """The same for any number of files: Parquet files in `out_dir`, with little memory.
+
+    Each picture is decoded in a process that may die: a crash of a decoder, more than `timeout`
+    seconds or 4 GB of memory is a verdict on that picture alone.
+    """
+    job = Job(check_image, limits, key=_file_state, lost=_lost, schema=CHECKS, timeout=timeout)
+    return run_shards(job, {"": map(str, paths)}, out_dir, total, workers, engine)
+
+
+def _lost(path: str, reason: str) -> dict:
+    row = dict.fromkeys(CHECKS.names)
+    return row | {"path": path, "ok": False, "reason": f"the decoder {reason}"}
 
 
 def _file_state(path: str) -> str:
@@ -137,10 +218,6 @@ def _file_state(path: str) -> str:
     except OSError:
         return f"{path} missing"
     return f"{path} {state.st_size} {state.st_mtime_ns}"
-
-
-def _check_shard(paths: list[str], **limits) -> pd.DataFrame:
-    return pd.DataFrame([check_image(path, **limits) for path in paths], columns=CHECK_COLUMNS)
 
 
 def list_images(folder) -> list[str]:

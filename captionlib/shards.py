@@ -1,8 +1,9 @@
 """Run a function over many items in worker processes, a shard at a time, so that it can be stopped.
 
 Each finished shard is a Parquet file, written under a temporary name and renamed; its name holds a
-hash of its items, so the same command finds it again and a changed input does not. Used by the
-image check and the dataset builder.
+hash of its items, so the same command finds it again and a changed input does not. Items may be an
+endless-looking iterator: only a few shards are held at a time. Used by the image check and the
+dataset builder; the workers are pebble's, which outlive the death of one of them.
 """
 
 import hashlib
@@ -10,77 +11,175 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
+from captionlib.errors import InputError
+
 SHARD_SIZE = 1000  # items; a stopped run repeats at most this many a worker
+MEMORY_LIMIT = 4 << 30  # bytes a worker may allocate: a picture at its limit of pixels needs 1 GB
+ENGINES = ("processes", "ray")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done with every shard.
+
+    function(shard, **arguments) returns a pyarrow.Table. With `lost`, it is function(item,
+    **arguments), returns a row of `schema`, and may take `timeout` seconds or kill its process:
+    then lost(item, reason) is the row. key(item) is the text that identifies an item and its state.
+    """
+
+    function: Callable
+    arguments: dict = field(default_factory=dict)
+    key: Callable = str
+    lost: Callable | None = None
+    schema: pa.Schema | None = None
+    timeout: float | None = None
 
 
 def run_shards(
-    function: Callable,
-    items: Sequence,
+    job: Job,
+    items: dict[str, Iterable],
     out_dir,
-    key: Callable = str,
-    prefix: str = "",
+    total: int | None = None,
     workers: int | None = None,
+    engine: str = "processes",
     shard_size: int = SHARD_SIZE,
-    **arguments,
 ) -> list[Path]:
-    """The Parquet files of `function(items of one shard, **arguments)`, in the order of the items.
+    """The Parquet files of all shards, in the order of the items; existing ones are not made again.
 
-    function: at the top level of a module; its result has `to_parquet(path)`. key(item): the text
-    that identifies an item and its state. Files that exist already are not made again; files of
-    the same prefix that belong to other items are removed.
+    items: by the prefix of their files' names. total: their number, for the progress bar. engine:
+    "processes" of this machine, or "ray" (one machine or a cluster that sees the same files).
+    Other Parquet files with these prefixes are removed at the end. Raises InputError.
     """
-    shards = [items[start : start + shard_size] for start in range(0, len(items), shard_size)]
-    names = [_shard_name(prefix, i, shard, key, arguments) for i, shard in enumerate(shards)]
-    files = [Path(out_dir) / name for name in names]
-    todo = {file: shard for file, shard in zip(files, shards, strict=True) if not file.exists()}
-    done = len(items) - sum(map(len, todo.values()))
-    with progress_bar(len(items), function.__name__.strip("_").replace("_", " "), done) as bar:
-        for file in _run(function, todo, workers, arguments):
-            bar.update(len(todo[file]))
-    for stale in set(Path(out_dir).glob(f"{prefix}*.parquet")) - set(files):
-        stale.unlink()
+    if engine not in ENGINES:
+        raise InputError(f"No engine {engine!r}: choose {' or '.join(ENGINES)}.")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers must be 1 or more, not {workers}.")
+    files: list[Path] = []
+    with progress_bar(total, job.function.__name__.strip("_").replace("_", " ")) as bar:
+
+        def todo() -> Iterator[tuple[Path, list]]:
+            for prefix, part in items.items():
+                for number, shard in enumerate(_batches(part, shard_size)):
+                    files.append(Path(out_dir) / _shard_name(prefix, number, shard, job))
+                    if files[-1].exists():
+                        bar.update(len(shard))
+                    else:
+                        yield files[-1], shard
+
+        if engine == "ray":
+            from captionlib.ray_engine import run_on_ray as run  # an extra: imported when wanted
+        else:
+            run = _run_in_processes
+        for count in run(job, todo(), workers):
+            bar.update(count)
+    for prefix in items:
+        for stale in set(Path(out_dir).glob(f"{prefix}*.parquet")) - set(files):
+            stale.unlink()
     return files
 
 
-def _run(function, todo: dict[Path, Sequence], workers: int | None, arguments: dict):
-    workers = min(workers or os.cpu_count() or 1, len(todo))
-    if workers <= 1:
-        for file, shard in todo.items():
-            _write_shard(function, file, shard, arguments)
-            yield file
-        return
+def _batches(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _run_in_processes(job: Job, todo: Iterator[tuple[Path, list]], workers: int | None):
+    workers = workers or os.cpu_count() or 1
+    running: deque = deque()
+    with worker_pool(workers) as pool:
+        for file, shard in todo:
+            running.append((start_shard(pool, job, file, shard), len(shard)))
+            if len(running) > workers + 1:
+                finish, count = running.popleft()
+                finish()
+                yield count
+        for finish, count in running:
+            finish()
+            yield count
+
+
+@contextmanager
+def worker_pool(workers: int):
+    """Pebble's process pool; stopped at once when the block is left by an exception."""
     context = multiprocessing.get_context("spawn")  # as on Windows and macOS; safe in Jupyter
-    pool = ProcessPoolExecutor(workers, context, initializer=_ignore_interrupt)
+    pool = ProcessPool(workers, context=context, initializer=_prepare_worker)
     try:
-        jobs = {pool.submit(_write_shard, function, f, s, arguments): f for f, s in todo.items()}
-        for job in as_completed(jobs):
-            job.result()
-            yield jobs[job]
+        yield pool
+        pool.close()
+    except BaseException:
+        pool.stop()
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.join()
 
 
-def _write_shard(function, file: Path, shard: Sequence, arguments: dict) -> None:
-    write_atomic(file, function(shard, **arguments).to_parquet)
+def _prepare_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; only the parent decides
+    if sys.platform == "linux":
+        import resource  # not on Windows; on macOS this limit does nothing
+
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches the whole process group; only the parent decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def start_shard(pool: ProcessPool, job: Job, file: Path, shard: list) -> Callable[[], None]:
+    """Begin a shard in the pool; what is returned waits until its file is written."""
+    if job.lost is None:
+        running = pool.schedule(_write_shard, args=(job, file, shard))
+        return partial(_wait, running.result)
+    rows = pool.map(partial(job.function, **job.arguments), shard, timeout=job.timeout).result()
+
+    def finish() -> None:
+        found = [_wait(lambda: next(rows), partial(job.lost, item)) for item in shard]
+        _write_table(file, pa.Table.from_pylist(found, job.schema))
+
+    return finish
 
 
-def _shard_name(prefix: str, i: int, shard: Sequence, key: Callable, arguments: dict) -> str:
-    text = "\n".join([*map(key, shard), repr(sorted(arguments.items()))])
+def _wait(result: Callable, lost: Callable[[str], dict] | None = None):
+    """The result of a task, or lost(reason) when it took too long or its process died."""
+    try:
+        return result()
+    except TimeoutError:
+        reason = "took too long"
+    except ProcessExpired as error:
+        reason = f"killed its process ({_exit_name(error.exitcode)})"
+    if lost is None:
+        raise InputError(f"A worker process {reason}. Run captionlib check again.")
+    return lost(reason)
+
+
+def _exit_name(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def _write_shard(job: Job, file: Path, shard: list) -> None:
+    _write_table(file, job.function(shard, **job.arguments))
+
+
+def _write_table(file: Path, table: pa.Table) -> None:
+    write_atomic(file, partial(pq.write_table, table))
+
+
+def _shard_name(prefix: str, i: int, shard: list, job: Job) -> str:
+    text = "\n".join([*map(job.key, shard), repr(sorted(job.arguments.items()))])
     return f"{prefix}{i:05d}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.parquet"
 
 
-def progress_bar(total: int, description: str, done: int = 0) -> tqdm:
+def progress_bar(total: int | None, description: str, done: int = 0) -> tqdm:
     """A bar on a terminal and in Jupyter, none in a log file; TQDM_DISABLE=1 hides it anywhere."""
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     hidden = not watched or os.environ.get("TQDM_DISABLE") == "1"
