@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all lab notebooks figures lint
+.PHONY: setup extras demo test test-all lab notebooks figures lint benchmark
 
 setup: .venv/installed
 
@@ -11,13 +11,19 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+extras: .venv/extras  ## what `pip install captionlib[ray]` adds
+
+.venv/extras: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[ray]'
+	@touch $@
+
 demo: setup  ## the main job on drawn scenes: about 6 minutes on 2 CPU cores
 	$(BIN)/captionlib demo
 
 test: setup lint  ## the core tests; lists what was skipped and why
 	$(BIN)/pytest -m "not slow and not gpu"
 
-test-all: setup  ## all of them, the slow ones too
+test-all: extras  ## all of them, the slow ones and those of extras too
 	$(BIN)/pytest
 
 lint: setup
@@ -35,3 +41,6 @@ notebooks: setup  ## run the five notebooks in place, from nothing, and clean wh
 
 figures:  ## images/ from the pictures that the notebooks drew
 	cp $(foreach name,captions labels loss truth heat_maps,runs/scenes/figures/$(name).png) images/
+
+benchmark: setup  ## how fast the data comes, beside its peers: about an hour
+	$(BIN)/python benchmarks/data.py

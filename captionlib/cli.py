@@ -14,6 +14,7 @@ import yaml
 
 from captionlib.errors import InputError
 from captionlib.recipe import Recipe, bundled, load_recipe, read_yaml
+from captionlib.sources import FORMATS
 
 PRINTED = 32  # captions at a time
 SHOWN = 10  # failed items listed; the table in the data folder has all
@@ -68,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, parents=[recipe], help=text, description=text)
         command.set_defaults(run=run)
+        if name == "download":
+            _download_options(command)
+        if name in ("check", "build"):
+            command.add_argument("--workers", type=int, help="processes; by default one a core")
+            command.add_argument("--engine", default="processes", help="processes or ray")
+        if name == "build":
+            text = "repair UTF-8 that was read as another code page"
+            command.add_argument("--fix-mojibake", "--fix_mojibake", action="store_true", help=text)
         if name in ("train", "evaluate"):
             command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
         if name == "evaluate":
@@ -85,14 +94,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _download_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--from", dest="source", help="instead of URLs: tar shards, img2dataset's output, a folder "
+        "of pictures and texts, or a Hugging Face dataset (name or path)")  # fmt: skip
+    add("--retry", help="of what failed, try only these reasons again: timeout,429 or all")
+    add("--contact", help="your address, in the User-Agent that servers see")
+    add("--no-robots", action="store_true", help="do not ask robots.txt")
+    add("--allow-private", action="store_true", help="also private and loopback addresses")
+
+
 def _recipe_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--recipe", help=f"a YAML file, or one of {', '.join(bundled())}")
-    options.add_argument("--table", nargs="+", help="your own table(s): CSV, TSV or COCO JSON")
+    options.add_argument("--table", nargs="+", help="your own table(s), in any form of --format")
     options.add_argument("--folder", help="where a recipe's source lies, if it asks for one")
     options.add_argument("--images", help="the folder of your pictures; else they are downloaded")
     options.add_argument("--lang", help="of the captions: en, zh or ja")
-    options.add_argument("--format", help="auto, csv, tsv or coco")
+    options.add_argument("--format", help=f"{', '.join(FORMATS)}; auto looks into the file")
     options.add_argument("--encoding", help="of the table, for example gbk")
     options.add_argument("--data-dir", help="where the data goes")
     options.add_argument("--run-dir", help="where the training run goes")
@@ -120,28 +139,40 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
             place[last] = read_yaml(value)
         except yaml.YAMLError:
             raise InputError(f"--set {each}: {value} is no YAML value.") from None
-    default = "my_data" if arguments.table else None  # a table of one's own is not the scenes
+    own = arguments.table or getattr(arguments, "source", None)
+    default = "my_data" if own else None  # a table of one's own is not the scenes
     return load_recipe(arguments.recipe or default, **changes)
 
 
 def _download(arguments: argparse.Namespace) -> int:
-    from captionlib import steps
+    from captionlib import data_steps
     from captionlib.download import failures, outcomes
 
     recipe = _recipe(arguments)
-    downloads = steps.download(recipe)
+    recipe.source = arguments.source or recipe.source
+    given = {
+        "contact": arguments.contact,
+        "robots": False if arguments.no_robots else None,
+        "allow_private": arguments.allow_private or None,
+    }
+    recipe.download |= {key: value for key, value in given.items() if value is not None}
+    retry = arguments.retry.split(",") if arguments.retry else []
+    downloads = data_steps.download(recipe, retry)
     print(outcomes(downloads).to_string(index=False))
     print(f"Pictures: {recipe.images_dir}")
     return _list_failed(failures(downloads))
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from captionlib import steps
+    import pyarrow.parquet as pq
 
-    recipe = _recipe(arguments)
-    checks = steps.check(recipe)
-    print(f"{int(checks.ok.sum())} of {len(checks)} pictures can be used.")
-    return _list_failed((row.path, row.reason) for row in checks[~checks.ok].itertuples())
+    from captionlib import data_steps
+
+    path = data_steps.write_checks(_recipe(arguments), arguments.workers, arguments.engine)
+    total = pq.read_metadata(path).num_rows
+    bad = pq.read_table(path, columns=["path", "reason"], filters=[("ok", "==", False)])
+    print(f"{total - len(bad)} of {total} pictures can be used.")
+    return _list_failed(zip(*bad.to_pydict().values(), strict=True))
 
 
 def _list_failed(failed) -> int:
@@ -154,14 +185,19 @@ def _list_failed(failed) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from captionlib import steps
-    from captionlib.dataset import accounting
+    from captionlib import data_steps
+    from captionlib.dataset import accounting, garbled_share
 
     recipe = _recipe(arguments)
-    data = steps.build(recipe)
+    if arguments.fix_mojibake:
+        recipe.dataset["fix_mojibake"] = True
+    sizes = data_steps.write_dataset(recipe, workers=arguments.workers, engine=arguments.engine)
     print(accounting(recipe.dataset_dir).to_string(index=False))
-    sizes = ", ".join(f"{split} {len(rows)}" for split, rows in data.items())
-    print(f"Images: {sizes}. Dataset: {recipe.dataset_dir}")
+    garbled = garbled_share(recipe.dataset_dir)
+    if garbled:
+        print(f"{garbled:.2%} of the captions look like mojibake (--fix-mojibake repairs it).")
+    images = ", ".join(f"{split} {count}" for split, count in sizes.items())
+    print(f"Images: {images}. Dataset: {recipe.dataset_dir}")
     return 0
 
 

@@ -5,6 +5,7 @@ Bundled ones are in captionlib/recipes; a path names any other. Used by every no
 
 import copy
 import difflib
+import inspect
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -30,11 +31,12 @@ class Recipe:
     encoding: str = "utf-8"
     lang: str = ""  # of a table without a column lang: en, zh or ja
     images: str | None = None  # a folder of pictures; None: downloaded to data_dir/images
+    source: str = ""  # archives.take_in: tar shards, a folder, a dataset instead of a download
     scenes: dict = field(default_factory=dict)  # scene_server.scene_table
     prompt: str = ""  # before every caption; {lang} is filled in
     download: dict = field(default_factory=dict)  # download.Manners
-    check: dict = field(default_factory=dict)  # images.check_images
-    dataset: dict = field(default_factory=dict)  # dataset.build_dataset
+    check: dict = field(default_factory=dict)  # images.check_image, images.write_checks
+    dataset: dict = field(default_factory=dict)  # rows.Choices
     tokenizer: dict = field(default_factory=dict)  # tokenization.train_tokenizer; {}: the decoder's
     encoder: str | dict = ""  # glue.glue
     decoder: str | dict = ""
@@ -145,6 +147,22 @@ def _check_keys(content: dict, path: Path) -> None:
         if not isinstance(value, kinds):
             names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
             raise InputError(f"{key} in {path} must be {names}, not {value!r}.")
+
+
+def check_section(section: dict, name: str, *functions) -> None:
+    """InputError for a key that the functions do not know, or a value of another kind."""
+    known: dict = {}
+    for function in functions:
+        known |= inspect.signature(function).parameters
+    for key, value in section.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1) or list(known)
+            raise InputError(f"Unknown key {key!r} in {name}: did you mean {', '.join(near)}?")
+        default = known[key].default
+        kind = (int, float) if type(default) in (int, float) else type(default)
+        plain = isinstance(default, int | float | str) and not isinstance(default, bool)
+        if plain and (not isinstance(value, kind) or isinstance(value, bool) or value != value):
+            raise InputError(f"{key} in {name} must be like {default!r}, not {value!r}.")
 
 
 def _rooted(recipe: Recipe) -> Recipe:

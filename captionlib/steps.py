@@ -1,16 +1,12 @@
-"""The steps of a recipe, as the notebooks and the command line run them both.
+"""The training steps of a recipe, as the notebooks and the command line run them both.
 
 Each takes a Recipe, does one step with the functions of the library, writes where the recipe says,
-and returns plain values. A step that was done before is not done again.
+and returns plain values. A step that was done before is not done again. Its data: data_steps.
 """
 
-import difflib
-import inspect
 import json
-import os
 import re
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -20,17 +16,13 @@ import yaml
 
 from captionlib import metrics, scenes
 from captionlib.collator import CaptionCollator
-from captionlib.dataset import accounting, build_dataset, load_dataset
-from captionlib.download import Manners, failures
-from captionlib.download import download as download_urls
+from captionlib.dataset import load_dataset
 from captionlib.errors import InputError
 from captionlib.generation import Captioner, last_checkpoint, pick_device
 from captionlib.glue import glue
-from captionlib.images import check_image, check_images
-from captionlib.recipe import Recipe, as_text
-from captionlib.scene_server import SceneServer, scene_of, scene_table
+from captionlib.recipe import Recipe, as_text, check_section
+from captionlib.scene_server import scene_of
 from captionlib.shards import write_atomic
-from captionlib.sources import read_captions, safe_path
 from captionlib.tokenization import train_tokenizer
 
 COLLATOR_KEYS = ("captions", "captions_per_image", "max_length", "augment")  # of section train
@@ -41,90 +33,10 @@ SIDES_ALLOWED = 0.02  # share of captions: "on the right", now and then, does li
 CONSTANTS_TRIED = 200  # of the most frequent captions, for the best constant one
 
 
-def captions_table(recipe: Recipe) -> pd.DataFrame:
-    """The recipe's table; of the drawn scenes, the one that `download` wrote."""
-    if recipe.table is None and not recipe.scenes:
-        raise InputError(f"The recipe {recipe.name} names no table: give one with --table.")
-    path = recipe.table or Path(recipe.data_dir) / "captions.csv"
-    return read_captions(path, recipe.format, recipe.encoding)
-
-
-def download(recipe: Recipe) -> pd.DataFrame:
-    """Fetch the table's URLs; one row a file: status, reason, tries, bytes, sha256, ..."""
-    if recipe.images:
-        raise InputError(
-            f"The pictures of {recipe.name} are in {recipe.images}: nothing to download. To "
-            "download the table's URLs instead, leave out images (--images)."
-        )
-    _check_keys(recipe.download, "download", Manners)
-    with SceneServer() if recipe.scenes else nullcontext() as server:
-        if server:
-            _write_scene_table(recipe, server.url)
-        downloads = download_urls(captions_table(recipe), recipe.images_dir, **recipe.download)
-    write_atomic(Path(recipe.data_dir) / "downloads.parquet", downloads.to_parquet)
-    return downloads
-
-
-def _write_scene_table(recipe: Recipe, url: str) -> None:
-    path = Path(recipe.data_dir) / "captions.csv"
-    if path.exists():
-        table = read_captions(path).drop_duplicates("filename")
-        same_url = table.url.iloc[0].startswith(url)
-        if same_url and table.split.value_counts().to_dict() == recipe.scenes:
-            return
-    table = scene_table(recipe.scenes, url)
-    write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
-
-
-def known_downloads(recipe: Recipe) -> pd.DataFrame:
-    """The outcomes `download` left, without downloading; empty where the pictures were there."""
-    path = Path(recipe.data_dir) / "downloads.parquet"
-    if not path.exists():
-        return pd.DataFrame(columns=["filename", "status", "reason"])
-    return pd.read_parquet(path)
-
-
-def check(recipe: Recipe) -> pd.DataFrame:
-    """Decode every picture that the table names; writes checks.parquet."""
-    folder = recipe.images_dir
-    _check_keys(recipe.check, "check", check_image)
-    names = captions_table(recipe).filename.unique()
-    paths = [path for path in (safe_path(folder, name) for name in names) if path]
-    if not any(map(os.path.exists, paths)):
-        raise InputError(
-            f"No pictures of the table in the folder {folder}. Name the right one with --images, "
-            "or run captionlib download first."
-        )
-    checks = check_images(paths, Path(recipe.data_dir) / "checks", **recipe.check)
-    write_atomic(Path(recipe.data_dir) / "checks.parquet", checks.to_parquet)
-    return checks
-
-
-def build(recipe: Recipe) -> datasets.DatasetDict:
-    """Clean the captions, split by image, pack the dataset; every row is accounted for."""
-    path = Path(recipe.data_dir) / "checks.parquet"
-    if not path.exists():
-        raise InputError(f"No {path}: it is written by processdata_02 (or: captionlib check).")
-    _check_keys(recipe.dataset, "dataset", build_dataset)
-    data = build_dataset(
-        captions_table(recipe),
-        pd.read_parquet(path),
-        recipe.dataset_dir,
-        recipe.images_dir,
-        failures(known_downloads(recipe)),
-        lang=recipe.lang,
-        prompt=recipe.prompt,
-        **recipe.dataset,
-    )
-    states = accounting(recipe.dataset_dir)
-    write_atomic(recipe.dataset_dir / "accounting.csv", lambda t: states.to_csv(t, index=False))
-    return data
-
-
 def new_captioner(recipe: Recipe, data: datasets.DatasetDict) -> Captioner:
     """Glue the recipe's halves; where the recipe says so, train a tokenizer on data["train"]."""
     tokenizer = None
-    _check_keys(recipe.tokenizer, "tokenizer", train_tokenizer)
+    check_section(recipe.tokenizer, "tokenizer", train_tokenizer)
     if recipe.tokenizer:
         train = data["train"].select_columns(["captions", "prompts"])
         prompts = sorted({prompt for row in train["prompts"] for prompt in row} - {""})
@@ -136,7 +48,7 @@ def new_captioner(recipe: Recipe, data: datasets.DatasetDict) -> Captioner:
 def new_collator(recipe: Recipe, captioner: Captioner, **changes) -> CaptionCollator:
     """The collator of the recipe's section `train`."""
     options = {key: recipe.train[key] for key in COLLATOR_KEYS if key in recipe.train}
-    _check_keys(options, "train", CaptionCollator)
+    check_section(options, "train", CaptionCollator)
     decoder = captioner.model.decoder.config.model_type
     if options.get("captions", "packed") == "packed" and decoder not in PACKING:
         options["captions"] = "separate"  # RoBERTa, say, counts positions in a way of its own
@@ -174,7 +86,7 @@ def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) ->
     if "flip" in str(recipe.train.get("augment")):
         _refuse_sides(data["train"])
     options = _training_options(recipe, "val" in data)
-    _check_keys(options, "train", trainer.CaptionTrainingArguments)
+    check_section(options, "train", trainer.CaptionTrainingArguments)
     collator = new_collator(recipe, captioner)
     still = new_collator(recipe, captioner, augment="none", captions_per_image=None)
     try:
@@ -247,20 +159,6 @@ def _trained_on(recipe: Recipe) -> str:
 def _shards(recipe: Recipe) -> list[str]:
     """The dataset's files, whose names hold a hash of what they are made of."""
     return sorted(path.name for path in recipe.dataset_dir.glob("*-*.parquet"))
-
-
-def _check_keys(section: dict, name: str, function) -> None:
-    """InputError for a key that the function does not know, or a value of another kind."""
-    known = inspect.signature(function).parameters
-    for key, value in section.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1) or list(known)
-            raise InputError(f"Unknown key {key!r} in {name}: did you mean {', '.join(near)}?")
-        default = known[key].default
-        kind = (int, float) if type(default) in (int, float) else type(default)
-        plain = isinstance(default, int | float | str) and not isinstance(default, bool)
-        if plain and (not isinstance(value, kind) or isinstance(value, bool) or value != value):
-            raise InputError(f"{key} in {name} must be like {default!r}, not {value!r}.")
 
 
 def evaluate(

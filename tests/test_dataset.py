@@ -1,14 +1,19 @@
 """The dataset: every row in one state, no image in two splits, shards found again, JPEGs true."""
 
 import io
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfApi, HfFileSystem
 from PIL import Image
 
-from captionlib import build_dataset, check_images, load_dataset, read_captions
-from captionlib.dataset import accounting, encode_jpeg, shrink
+from captionlib import build_dataset, check_images, load_dataset, read_captions, train_tokenizer
+from captionlib.dataset import SCHEMA, accounting, encode_jpeg, garbled_share, shrink
+from captionlib.duplicates import duplicate_groups
 from captionlib.errors import InputError
 from captionlib.images import open_image
 
@@ -22,6 +27,7 @@ def parts(workplace):
 
 def build(parts, table=None, **options):
     own, checks, out, photos = parts
+    options = {"workers": 1} | options
     return build_dataset(own if table is None else table, checks, out, photos, **options)
 
 
@@ -76,7 +82,7 @@ def test_no_image_and_no_twin_is_in_two_splits(parts, workplace):
 
 
 def test_the_official_split_is_kept_and_prompts_are_filled(parts):
-    table = parts[0].assign(lang="ja")
+    table = parts[0].assign(lang="ja", caption="猫の" + parts[0].caption)
     names = list(table.filename.unique())
     table["split"] = ["validation" if name in names[:3] else "train" for name in table.filename]
     data = build(parts, table, prompt="<{lang}>")
@@ -85,17 +91,79 @@ def test_the_official_split_is_kept_and_prompts_are_filled(parts):
     assert set(data["train"][0]["prompts"]) == {"<ja>"}
 
 
-def test_a_picture_named_in_two_splits_stays_in_one(parts):
+def test_a_picture_named_in_two_splits_is_kept_for_the_test(parts):
     table = parts[0].assign(split="train")
     first = table.filename[0]
     again = table[table.filename == first].assign(split="test", caption="a twin in the test")
     unnamed = table[table.filename == first].head(1).assign(split="", caption="of no split")
     data = build(parts, pd.concat([table, again, unnamed], ignore_index=True))
-    assert set(data) == {"train"}
-    row = next(row for row in data["train"] if row["filename"] == first)
-    assert "of no split" in row["captions"]
+    assert first not in data["train"]["filename"]
+    assert data["test"]["filename"] == [first]
+    assert data["test"][0]["captions"] == ["a twin in the test", "of no split"]
     states = accounting(parts[2]).set_index("state").rows
-    assert states["dropped: picture is in another split"] == 5 - 4  # its four equal captions repeat
+    assert states["dropped: picture, or nearly the same, is in another split"] == 5
+    assert states["dropped: repeated caption"] == 4  # of the twin's five
+
+
+@pytest.fixture
+def nearly_twins(tmp_path):
+    """Twelve pictures and, of each, a smaller one saved as a poor JPEG: (table, checks, folder)."""
+    folder = tmp_path / "twins"
+    folder.mkdir()
+    for number in range(12):
+        noise = np.random.default_rng(number).integers(0, 255, (6, 8, 3), np.uint8)
+        image = Image.fromarray(noise).resize((320, 240), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number}.png")
+        image.resize((200, 150)).save(folder / f"{number}-small.jpg", quality=50)
+    names = sorted(path.name for path in folder.iterdir())
+    table = pd.DataFrame({"filename": names, "caption": [f"picture {name}" for name in names]})
+    return table, check_images([folder / name for name in names], workers=1), folder
+
+
+def names_of(data):
+    return {name.split(".")[0]: split for split in data for name in data[split]["filename"]}
+
+
+def test_near_duplicates_never_fall_into_two_splits(nearly_twins, tmp_path):
+    table, checks, folder = nearly_twins
+    for seed in range(3):
+        options = {"val": 0.3, "test": 0.3, "seed": seed, "workers": 1}
+        split = names_of(build_dataset(table, checks, tmp_path / "out", folder, **options))
+        assert len(split) == 24
+        assert all(split[str(n)] == split[f"{n}-small"] for n in range(12))
+    apart = names_of(
+        build_dataset(table, checks, tmp_path / "out", folder, near_duplicates=-1, **options)
+    )
+    assert any(apart[str(n)] != apart[f"{n}-small"] for n in range(12))
+
+
+def test_a_training_picture_nearly_equal_to_an_official_test_picture_is_dropped(
+    nearly_twins, tmp_path
+):
+    table, checks, folder = nearly_twins
+    small = table.filename.str.contains("small")
+    table = table.assign(split=np.where(small & (table.index < 10), "test", "train"))
+    split = names_of(build_dataset(table, checks, tmp_path / "out", folder, workers=1))
+    official = {name.split(".")[0] for name in table.filename[table.split == "test"]}
+    assert {name for name in split if split[name] == "test"} == official  # kept whole
+    trained_on = {name for name in split if split[name] == "train"}
+    assert not {f"{name}-small" for name in trained_on} & official
+    states = accounting(tmp_path / "out").set_index("state").rows
+    dropped = states["dropped: picture, or nearly the same, is in another split"]
+    assert dropped == len(official)
+
+
+def test_pairs_of_hashes_are_found_as_by_comparing_all_with_all():
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(2**64, size=300, dtype=np.uint64)
+    flips = [np.uint64(1) << rng.integers(64, size=300, dtype=np.uint64) for _ in range(4)]
+    hashes = np.concatenate([hashes, hashes ^ flips[0] ^ flips[1], hashes ^ flips[2] ^ flips[3]])
+    for bits in (0, 1, 2, 4, 5):
+        groups = duplicate_groups(np.arange(900).astype(np.uint64), hashes, bits)
+        close = np.bitwise_count(hashes[:, None] ^ hashes[None]) <= bits
+        assert (groups[:, None] == groups[None])[close].all()
+        alone = close.sum(1) == 1
+        assert np.bincount(groups)[groups[alone]].max(initial=1) == 1
 
 
 @pytest.mark.parametrize("split", ["../../evil", "train-2014", "a b"])
@@ -116,9 +184,11 @@ def test_a_changed_picture_is_packed_again(parts):
         (own / name).write_bytes((photos / name).read_bytes())
     changed = own / table.filename[0]
     for colour in ("red", "white"):
-        Image.new("RGB", (64, 64), colour).save(changed)
-        checks = check_images([own / name for name in table.filename.unique()])
-        data = build_dataset(table, checks, out, own, val=0, test=0)
+        image = Image.new("RGB", (64, 64), colour)
+        image.paste("black", (0, 0, 20, 20))
+        image.save(changed)
+        checks = check_images([own / name for name in table.filename.unique()], workers=1)
+        data = build_dataset(table, checks, out, own, val=0, test=0, workers=1)
         image = next(r for r in data["train"] if r["filename"] == changed.name)["image"]
         expected = Image.new("RGB", (1, 1), colour).getpixel((0, 0))
         assert np.abs(np.subtract(image.getpixel((30, 30)), expected)).max() <= 3
@@ -150,9 +220,117 @@ def test_images_are_shrunk_never_enlarged_and_stay_true():
     wide = Image.effect_noise((400, 200), 60).convert("RGB")
     assert shrink(wide, 100).size == (200, 100)
     assert shrink(wide, 300) is wide
+    assert shrink(wide, 100, squash=True).size == (100, 100)
     small = Image.new("RGB", (64, 64), (220, 40, 40))
     again = open_image(io.BytesIO(encode_jpeg(small, 90)).getvalue())
     assert np.abs(np.array(again).astype(int) - np.array(small)).max() <= 3
+
+
+def test_a_table_may_come_in_pieces(parts):
+    table, checks, out, photos = parts
+    whole = build(parts)
+    rows = pd.read_parquet(out / "rows.parquet")
+    pieces = (table.iloc[start : start + 7] for start in range(0, len(table), 7))
+    verdicts = (checks.iloc[start : start + 5] for start in range(0, len(checks), 5))
+    again = build_dataset(pieces, verdicts, out, photos, workers=1)
+    assert rows.equals(pd.read_parquet(out / "rows.parquet"))
+    assert {name: split["captions"][:] for name, split in whole.items()} == {
+        name: split["captions"][:] for name, split in again.items()
+    }
+
+
+def test_the_limits_of_captions_are_choices(parts, texts, tmp_path):
+    train_tokenizer(texts["en"], "bpe", 200).save_pretrained(tmp_path / "tokenizer")
+    table = parts[0].head(1)
+    mojibake = "一只猫".encode().decode("latin-1")
+    broken = "一只猫".encode().decode("gb18030", "replace")  # bytes are lost
+    extra = [
+        "短い",
+        "no",
+        "一只猫",
+        "red " * 30,
+        "dress 600_600",
+        mojibake,
+        broken,
+    ]
+    table = pd.concat([table, table.assign(caption="x").loc[[0] * len(extra)]], ignore_index=True)
+    table.loc[1:, "caption"] = extra
+    build(
+        parts, table, lang="en", min_chars=3, max_tokens=20, tokenizer=str(tmp_path / "tokenizer"),
+        codes="drop", fix_mojibake=True, val=0, test=0,
+    )  # fmt: skip
+    rows = pd.read_parquet(parts[2] / "rows.parquet")
+    assert list(rows.state[1:]) == [
+        "dropped: caption shorter than 3 characters",
+        "dropped: caption shorter than 3 characters",
+        "dropped: caption is not written in en",
+        "dropped: caption longer than 20 tokens",
+        "train",
+        "dropped: caption is not written in en",
+        "dropped: mojibake that cannot be repaired",
+    ]
+    assert rows.caption[5:7].to_list() == ["dress", "一只猫"]
+    assert garbled_share(parts[2]) == pytest.approx(2 / 8)
+    with pytest.raises(InputError, match="max_tokens 5 needs a tokenizer"):
+        build(parts, max_tokens=5)
+
+
+def test_it_streams_and_the_card_names_its_splits(parts, tmp_path):
+    data = build(parts, val=0.2, test=0.2)
+    rows = list(load_dataset(parts[2], streaming=True)["val"])
+    assert [row["captions"] for row in rows] == list(data["val"]["captions"])
+    assert datasets.Features.from_arrow_schema(SCHEMA) == data["val"].features
+    by_card = datasets.load_dataset(str(parts[2]), cache_dir=str(tmp_path / "cache"))
+    assert {name: len(split) for name, split in by_card.items()} == {
+        name: len(split) for name, split in data.items()
+    }
+
+
+def test_push_to_hub_into_a_local_repository(parts, tmp_path, monkeypatch):
+    hub = tmp_path / "hub"
+
+    def store(self, repo_id, operations=(), additions=(), **_):  # large files come first
+        for each in [*operations, *additions]:
+            path = hub / each.path_in_repo
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                with each.as_file() as file:
+                    path.write_bytes(file.read())
+        return SimpleNamespace(repo_url=SimpleNamespace(repo_id=repo_id))
+
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    repository = SimpleNamespace(id="me/scenes", sha="0", siblings=[])
+    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: repository)
+    monkeypatch.setattr(HfApi, "create_commit", store)
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", store)
+    monkeypatch.setattr(HfFileSystem, "find", lambda *_, **__: {})  # an empty repository
+    monkeypatch.setattr(HfFileSystem, "info", missing)
+    data = build(parts, val=0.2, test=0.2)
+    data.push_to_hub("me/scenes")
+    again = datasets.load_dataset(str(hub), cache_dir=str(tmp_path / "cache"))
+    for name, split in data.items():
+        for ours, theirs in zip(split, again[name], strict=True):
+            assert ours["image"].tobytes() == theirs["image"].tobytes()
+            assert ours["captions"] == theirs["captions"]
+
+
+@pytest.mark.slow
+def test_ray_writes_what_processes_write(parts, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    table, _, _, photos = parts
+    paths = [photos / name for name in table.filename.unique()] + [tmp_path / "missing.png"]
+    tables = []
+    for engine in ("processes", "ray"):
+        checks = check_images(paths, tmp_path / engine, workers=2, engine=engine)
+        out = tmp_path / engine / "out"
+        build((table, checks, out, photos), workers=2, engine=engine)
+        files = sorted(out.glob("*.parquet"))
+        tables.append(
+            (checks.fillna("").to_dict(), [(f.name, pq.read_table(f).to_pylist()) for f in files])
+        )
+    assert tables[0] == tables[1]
 
 
 def test_a_table_without_a_usable_row_is_refused(parts):

@@ -1,0 +1,41 @@
+"""Run shards on Ray Data: several machines that see the same files, or this one. The extra [ray].
+
+`--engine ray` starts Ray here without its dashboard, or joins the cluster of RAY_ADDRESS.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from captionlib.errors import InputError
+from captionlib.shards import Job, start_shard, worker_pool
+
+
+def run_on_ray(job: Job, todo: Iterator[tuple[Path, list]], workers: int | None) -> Iterator[int]:
+    """Write the file of every shard; yields the number of items of each as it is done.
+
+    workers: CPUs of a Ray started here; a joined cluster uses its own. Raises InputError.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise InputError("engine ray needs Ray: pip install 'captionlib[ray]'.") from None
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        local = {} if address else {"num_cpus": workers, "include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, **local)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # run_shards shows one
+    shards = [{"file": str(file.absolute()), "items": json.dumps(shard)} for file, shard in todo]
+    if shards:
+        data = ray.data.from_items(shards, override_num_blocks=len(shards))
+        for row in data.map(partial(_write, job=job)).iter_rows():
+            yield row["count"]
+
+
+def _write(row: dict, job: Job) -> dict:
+    shard = json.loads(row["items"])
+    with worker_pool(1) as pool:  # a decoder may kill its process, and not Ray's
+        start_shard(pool, job, Path(row["file"]), shard)()
+    return {"count": len(shard)}
