@@ -5,7 +5,10 @@ an image), "sampled" takes one caption a visit, "separate" makes one row a capti
 train_encoder_decoder and the trainer.
 """
 
+import io
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,10 +19,17 @@ from captionlib.errors import InputError
 from captionlib.images import open_image
 from captionlib.tokenization import encode
 
+try:  # the extra `fast`: the same pixels as Pillow's, sooner
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
 IGNORE = -100  # positions with this label are not part of the loss
 MODES = ("packed", "sampled", "separate")
 AUGMENTS = ("none", "crop", "crop+flip")
 SMALLEST_CROP = 0.6  # of the picture's area: more would cut away what captions tell of
+# A JPEG without EXIF, profile or comment, as we store them: bytes 0-10 and 20-21.
+PLAIN_JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF\0\xff\xdb"
 
 
 class PixelTransform:
@@ -38,12 +48,12 @@ class PixelTransform:
         self.mean = torch.tensor(mean).view(3, 1, 1) / scale  # in steps of 0-255
         self.std = torch.tensor(std).view(3, 1, 1) / scale
         size = dict(config.get("size") or {})
-        self.exact = (size.get("width"), size.get("height"))  # pictures that need no geometry
-        self.exact = None if config.get("do_center_crop") else self.exact
+        fixed = "width" in size and not config.get("do_center_crop")
+        self.exact = (size["width"], size["height"]) if fixed else None  # (needs no geometry)
 
     def __call__(self, image) -> torch.Tensor:
         if image.size == self.exact:
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # a view of [H, W, 3]
         batch = self.processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
         return batch.pixel_values[0].clamp(0, 255).round().to(torch.uint8)
 
@@ -104,12 +114,23 @@ class CaptionCollator:
         self.visit += 1
         chosen = [self._choose(row) for row in rows]
         pieces = self._encode(chosen)
-        images = torch.stack([self.transform(self._open(row["image"])) for row in rows])
+        images = self._images([row["image"] for row in rows])
         if self.captions == "packed":
             return {"pixel_values": images, **self._packed(pieces)}
         repeats = torch.tensor([len(row) for row in pieces])
         flat = [[piece] for row in pieces for piece in row]
         return {"pixel_values": images.repeat_interleave(repeats, 0), **self._plain(flat)}
+
+    def _images(self, images: list) -> torch.Tensor:
+        """uint8 [B, 3, H, W]; where the size is known, a view of [B, H, W, 3] as decoded."""
+        size = self.transform.exact
+        if not size:
+            return torch.stack([self.transform(self._open(image)) for image in images])
+        batch = np.empty((len(images), size[1], size[0], 3), np.uint8)
+        for place, image in zip(batch, images, strict=True):
+            if self.augment != "none" or not _decode_stored(image, place):
+                place[:] = self.transform(self._open(image)).permute(1, 2, 0).numpy()
+        return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
     def _open(self, image) -> Image.Image:
         """Undecoded rows of `datasets` hold {"bytes": ..., "path": None}."""
@@ -135,41 +156,46 @@ class CaptionCollator:
             return pairs
         return [pairs[i] for i in self.rng.choice(len(pairs), wanted, replace=False)]
 
-    def _encode(self, chosen: list[list[tuple[str, str]]]) -> list[list[tuple[list, list]]]:
-        """(decoder_input_ids, labels) of every caption, as lists."""
+    def _encode(self, chosen: list[list[tuple[str, str]]]) -> list[list[tuple[list, int]]]:
+        """decoder_input_ids of every caption, as a list, and how many of them are its prompt."""
         flat = [pair for pairs in chosen for pair in pairs]
-        prompts = encode(self.tokenizer, [prompt for prompt, _ in flat])
-        captions = encode(self.tokenizer, [caption for _, caption in flat])
-        eos = self.tokenizer.eos_token_id
-        pieces = iter(
-            (
-                [self.start_id, *prompt, *caption[: self.max_length]],
-                [IGNORE] * len(prompt) + [*caption[: self.max_length], eos],
-            )
-            for prompt, caption in zip(prompts, captions, strict=True)
-        )
-        return [[next(pieces) for _ in pairs] for pairs in chosen]
+        distinct = list(dict(flat))  # prompts
+        prompts = dict(zip(distinct, encode(self.tokenizer, distinct), strict=True))
+        captions = iter(encode(self.tokenizer, [caption for _, caption in flat]))
+        start, end = self.start_id, self.max_length
+        return [
+            [([start, *prompts[p], *next(captions)[:end]], len(prompts[p])) for p, _ in pairs]
+            for pairs in chosen
+        ]
 
-    def _rows(self, pieces: list[list[tuple[list, list]]]) -> tuple[np.ndarray, ...]:
+    def _rows(self, pieces: list[list[tuple[list, int]]]) -> tuple[np.ndarray, ...]:
         """Ids, labels, positions and piece numbers, int64 [B, L]; piece -1 is padding."""
-        length = max(sum(len(ids) for ids, _ in row) for row in pieces)
-        shape = (len(pieces), length)
-        ids, labels = np.full(shape, self.tokenizer.pad_token_id), np.full(shape, IGNORE)
-        positions, piece_of = np.zeros(shape, np.int64), np.full(shape, -1)
-        for b, row in enumerate(pieces):
-            start = 0
-            for number, (row_ids, row_labels) in enumerate(row):
-                here = slice(start, start + len(row_ids))
-                ids[b, here], labels[b, here] = row_ids, row_labels
-                positions[b, here], piece_of[b, here] = range(len(row_ids)), number
-                start = here.stop
-        return ids, labels, positions, piece_of
+        flat = [piece for row in pieces for piece in row]
+        lengths = np.array([len(ids) for ids, _ in flat])
+        ends = lengths.cumsum()
+        ids = np.fromiter(chain.from_iterable(ids for ids, _ in flat), np.int64, ends[-1])
+        positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
+        labels = np.roll(ids, -1)  # each position learns the next id
+        labels[ends - 1] = self.tokenizer.eos_token_id
+        labels[positions < np.repeat([prompt for _, prompt in flat], lengths)] = IGNORE
+        numbers = np.repeat([number for row in pieces for number in range(len(row))], lengths)
+        totals = np.array([sum(len(ids) for ids, _ in row) for row in pieces])
+        filled = np.arange(totals.max()) < totals[:, None]  # [B, L]
+
+        def padded(values, padding):
+            array = np.full(filled.shape, padding)
+            array[filled] = values
+            return array
+
+        pad = self.tokenizer.pad_token_id
+        paddings = ((ids, pad), (labels, IGNORE), (positions, 0), (numbers, -1))
+        return tuple(padded(values, padding) for values, padding in paddings)
 
     def _packed(self, pieces) -> dict[str, torch.Tensor]:
         ids, labels, positions, piece_of = map(torch.from_numpy, self._rows(pieces))
-        same = piece_of[:, :, None] == piece_of[:, None, :]  # [B, L, L]
-        seen = same & torch.ones(same.shape[1:], dtype=torch.bool).tril()
-        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        seen = piece_of[:, :, None] == piece_of[:, None, :]  # [B, L, L]
+        seen &= torch.ones(seen.shape[1:], dtype=torch.bool).tril()
+        mask = torch.full(seen.shape, torch.finfo(torch.float32).min).masked_fill_(seen, 0)
         return {
             "decoder_input_ids": ids,
             "labels": labels,
@@ -184,3 +210,22 @@ class CaptionCollator:
             "labels": labels,
             "decoder_attention_mask": (piece_of >= 0).long(),
         }
+
+
+def _decode_stored(image, place: np.ndarray) -> bool:
+    """Write a plain RGB JPEG of the size of `place` [H, W, 3] there, as we store them; else False.
+
+    The same pixels as `open_image`, without its care for pictures of every other kind.
+    """
+    data = image.get("bytes") if isinstance(image, dict) else None
+    if not data or data[:11] + data[20:22] != PLAIN_JPEG:
+        return False
+    with suppress(OSError, ValueError, Image.DecompressionBombError):  # open_image says how
+        if simplejpeg:
+            fits = simplejpeg.decode_jpeg_header(data)[:2] == place.shape[:2]
+            return fits and simplejpeg.decode_jpeg(data, buffer=place) is not None
+        picture = Image.open(io.BytesIO(data))
+        if picture.mode == "RGB" and picture.size == place.shape[1::-1]:
+            place[:] = picture
+            return True
+    return False

@@ -12,7 +12,7 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ BAD_NAME = (
 )  # of one file
 COMMIT_SECONDS = 0.5  # a killed process repeats at most this much
 SETTLE_SECONDS = 60.0  # after a crash, the files of at most this time are read again
+SLOW_DISK = 0.002  # seconds a file; quicker ones are written at once, which takes half the CPU
 OPEN_URLS = 32  # for each connection: those that wait for a slow host hold up no other
 # wanted: the table's file names and URLs, in its order
 WANTED = "FROM wanted LEFT JOIN downloads USING (filename) ORDER BY wanted.rowid"
@@ -163,9 +164,18 @@ async def _download_all(
     finished: list[tuple] = []
     bar = progress_bar(total, "download", total - len(todo))
 
+    seconds = 0.0  # of writing a file, on average
+
+    async def store(path: Path, body: bytearray) -> tuple[int, str] | OSError:
+        nonlocal seconds
+        start, slow = time.perf_counter(), seconds > SLOW_DISK
+        kept = await asyncio.to_thread(_store, path, body) if slow else _store(path, body)
+        seconds += (time.perf_counter() - start - seconds) / 100
+        return kept
+
     async def work() -> None:
         for filename, url in waiting:
-            finished.append(await _download_one(fetcher, filename, url, out_dir))
+            finished.append(await _download_one(fetcher, filename, url, out_dir, store))
             bar.update()
 
     async def commit_now_and_then() -> None:
@@ -222,13 +232,15 @@ def _settle(ledger: sqlite3.Connection, last_row: int) -> None:
         )
 
 
-async def _download_one(fetcher: Fetcher, filename: str, url: str, out_dir: Path) -> tuple:
+async def _download_one(
+    fetcher: Fetcher, filename: str, url: str, out_dir: Path, store: Callable
+) -> tuple:
     """A row of the ledger."""
     path = safe_path(out_dir, filename)
     try:
         if path is None or filename.startswith(LEDGER):
             raise FetchError("unsafe file name")
-        kept, tries = await fetcher.fetch(url, partial(_store, path))
+        kept, tries = await fetcher.fetch(url, partial(store, path))
         if isinstance(kept, OSError):
             if kept.errno not in BAD_NAME:
                 raise kept  # a full disk, say: no other file would do better
@@ -243,7 +255,8 @@ def _store(path: Path, body: bytearray) -> tuple[int, str] | OSError:
     """Write, then rename: a file under its own name is whole. Its size and sha256."""
     temporary = f"{path.parent}/.{path.name}.{os.getpid()}.part"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.path.isdir(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb", buffering=0) as file:
             file.write(body)
         os.replace(temporary, path)

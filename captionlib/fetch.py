@@ -100,7 +100,7 @@ class Fetcher:
         self._slots = asyncio.Semaphore(manners.connections)
 
     async def __aenter__(self) -> "Fetcher":
-        # for look-ups of names and for `keep`: dead names would hold up the usual six
+        # for look-ups of names and for slow disks: dead names would hold up the usual six
         threads = ThreadPoolExecutor(2 * self.manners.connections)
         asyncio.get_running_loop().set_default_executor(threads)
         self._session = aiohttp.ClientSession(
@@ -120,15 +120,14 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str, keep: Callable) -> tuple:
-        """(keep(body), tries) of an image; raises FetchError.
+        """(await keep(body), tries) of an image; raises FetchError.
 
-        keep runs in a thread and on a connection's place, so that a slow disk slows the fetching;
-        it must not raise. Waiting, for another try or for a slow host, holds no place.
+        keep runs on a connection's place, so that a slow disk slows the fetching; it must not
+        raise. Waiting, for another try or for a slow host, holds no place.
         """
 
         async def take(answer: aiohttp.ClientResponse):
-            body = await self._image(answer)
-            return await asyncio.get_running_loop().run_in_executor(None, keep, body)
+            return await keep(await self._image(answer))
 
         return await self._patiently(lambda: self._get(url, take, self.manners.robots))
 
@@ -323,9 +322,12 @@ def fetch_bytes(url: str) -> bytes:
     """One URL's body, for `open_image`. Raises ImageError with the reason."""
 
     async def fetch() -> bytes:
+        async def keep(body: bytearray) -> bytes:
+            return bytes(body)
+
         # a person's own request: no crawler's rules
         async with Fetcher(Manners(tries=1, robots=False, allow_private=True)) as fetcher:
-            return (await fetcher.fetch(url, bytes))[0]
+            return (await fetcher.fetch(url, keep))[0]
 
     try:
         return run_coroutine(fetch())

@@ -48,7 +48,7 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
     "no such file", "empty file", "not an image", "truncated or broken", "too many pixels".
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        return _to_rgb(source.copy())
     data = source if isinstance(source, bytes) else _read(source)
     if not data:
         raise ImageError("empty file")
@@ -58,6 +58,7 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
         warnings.simplefilter("ignore")  # Pillow warns of what the verdict says
         try:
             image = Image.open(io.BytesIO(data))
+            kind = {"format": image.format, "mode": image.mode}
             _limit_pixels(image, max_pixels)
             rgb = _to_rgb(image)
         except UnidentifiedImageError:
@@ -70,7 +71,7 @@ def open_image(source, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise
         except Exception as error:  # noqa: BLE001 - Pillow's readers raise anything on broken files
             raise ImageError(f"truncated or broken: {error}") from None
-    rgb.info = {"format": image.format, "mode": image.mode}
+    rgb.info = kind
     return rgb
 
 
@@ -96,7 +97,7 @@ def _limit_pixels(image: Image.Image, max_pixels: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     profile = image.info.get("icc_profile")
@@ -106,7 +107,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "P"):
         image = image.convert("RGB")
     to_srgb = _srgb_transform(profile, image.mode) if profile or image.mode == "LAB" else None
-    return to_srgb.apply(image) if to_srgb else image.convert("RGB")
+    if to_srgb:
+        return to_srgb.apply(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @functools.lru_cache(maxsize=32)

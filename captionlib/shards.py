@@ -13,6 +13,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from tqdm import tqdm
 
 from captionlib.errors import InputError
@@ -29,6 +30,8 @@ from captionlib.errors import InputError
 SHARD_SIZE = 1000  # items; a stopped run repeats at most this many a worker
 MEMORY_LIMIT = 4 << 30  # bytes a worker may allocate: a picture at its limit of pixels needs 1 GB
 ENGINES = ("processes", "ray")
+CHUNK = 20  # items handed to a worker at once: one at a time costs as much as a small picture
+LOST = (TimeoutError, ProcessExpired)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,13 @@ def worker_pool(workers: int):
     try:
         yield pool
         pool.close()
-    except BaseException:
+    except BaseException as error:
         pool.stop()
+        if isinstance(error, BrokenProcessPool):
+            raise InputError(
+                "The worker processes cannot start. A script that uses them must be a file, and "
+                "call captionlib below the line `if __name__ == '__main__':`."
+            ) from None
         raise
     finally:
         pool.join()
@@ -139,27 +147,44 @@ def start_shard(pool: ProcessPool, job: Job, file: Path, shard: list) -> Callabl
     """Begin a shard in the pool; what is returned waits until its file is written."""
     if job.lost is None:
         running = pool.schedule(_write_shard, args=(job, file, shard))
-        return partial(_wait, running.result)
-    rows = pool.map(partial(job.function, **job.arguments), shard, timeout=job.timeout).result()
+        return partial(_wait, running)
+    chunks = [(chunk, _schedule(pool, job, chunk)) for chunk in _batches(shard, CHUNK)]
 
     def finish() -> None:
-        found = [_wait(lambda: next(rows), partial(job.lost, item)) for item in shard]
+        found = [row for chunk, running in chunks for row in _rows_of(pool, job, chunk, running)]
         _write_table(file, pa.Table.from_pylist(found, job.schema))
 
     return finish
 
 
-def _wait(result: Callable, lost: Callable[[str], dict] | None = None):
+def _schedule(pool: ProcessPool, job: Job, chunk: list) -> ProcessFuture:
+    return pool.schedule(_rows, args=(job, chunk), timeout=job.timeout)
+
+
+def _rows(job: Job, chunk: list) -> list[dict]:
+    return [job.function(item, **job.arguments) for item in chunk]
+
+
+def _rows_of(pool: ProcessPool, job: Job, chunk: list, running: ProcessFuture) -> list[dict]:
+    """The rows of a chunk; where it was lost, of each item alone, to blame the right one."""
+    try:
+        return running.result()
+    except LOST:
+        alone = [_schedule(pool, job, [item]) for item in chunk]
+        lost = [lambda reason, item=item: [job.lost(item, reason)] for item in chunk]
+        return [_wait(each, why)[0] for each, why in zip(alone, lost, strict=True)]
+
+
+def _wait(running: ProcessFuture, lost: Callable[[str], list] | None = None):
     """The result of a task, or lost(reason) when it took too long or its process died."""
     try:
-        return result()
-    except TimeoutError:
-        reason = "took too long"
-    except ProcessExpired as error:
-        reason = f"killed its process ({_exit_name(error.exitcode)})"
+        return running.result()
+    except LOST as error:
+        died = isinstance(error, ProcessExpired)
+        end = f"killed its process ({_exit_name(error.exitcode)})" if died else "took too long"
     if lost is None:
-        raise InputError(f"A worker process {reason}. Run captionlib check again.")
-    return lost(reason)
+        raise InputError(f"A worker process {end}. Run captionlib check again.")
+    return lost(end)
 
 
 def _exit_name(code: int) -> str:

@@ -101,7 +101,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, without any special token."""
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # an earlier call of the tokenizer may have left them on
+    backend.no_truncation()
+    return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids) -> str:

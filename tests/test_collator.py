@@ -1,16 +1,22 @@
 """Batches: the labels, the packed row equal to its captions apart, padding without effect."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_GPT2, TINY_VIT
+from PIL import Image
 from transformers import RobertaConfig, ViTImageProcessorPil
 
-from captionlib import CaptionCollator, glue, scenes
+from captionlib import CaptionCollator, collator, glue, scenes
 from captionlib.collator import IGNORE, PixelTransform
+from captionlib.dataset import encode_jpeg
 from captionlib.errors import InputError
+from captionlib.images import ImageError, open_image
 from captionlib.recipe import Recipe
 from captionlib.steps import PACKING, new_collator
+from captionlib.tokenization import encode
 
 SCENES = [scenes.make_scene(number) for number in range(3)]
 ROWS = [
@@ -152,6 +158,98 @@ def test_pictures_of_the_right_size_take_the_short_way_to_the_same_pixels():
     image = scenes.draw(SCENES[0])
     theirs = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
     assert np.array_equal(PixelTransform(processor)(image).numpy(), theirs.pixel_values[0])
+
+
+def saved(image, format="JPEG", **options) -> dict:
+    """As an undecoded row of `datasets` holds it."""
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return {"bytes": out.getvalue(), "path": None}
+
+
+def odd_pictures() -> dict[str, dict]:
+    """64 x 64, but for one: what the short way must leave to open_image."""
+    drawn = scenes.draw(SCENES[0])
+    turned = Image.Exif()
+    turned[0x0112] = 3  # orientation: upside down
+    return {
+        "exif": saved(drawn, exif=turned),
+        "grey": saved(drawn.convert("L")),
+        "cmyk": saved(drawn.convert("CMYK")),
+        "png": saved(drawn, "PNG"),
+        "palette": saved(drawn.convert("P"), "PNG", transparency=0),
+        "wide": saved(drawn.resize((80, 64))),
+        "progressive": saved(drawn, progressive=True, quality=50),
+    }
+
+
+@pytest.fixture(params=["pillow", "simplejpeg"])
+def decoder(request, monkeypatch):
+    module = pytest.importorskip("simplejpeg") if request.param == "simplejpeg" else None
+    monkeypatch.setattr(collator, "simplejpeg", module)
+
+
+def careful(captioner, image) -> torch.Tensor:
+    return captioner.transform(open_image(image["bytes"]))
+
+
+@pytest.mark.usefixtures("decoder")
+def test_stored_pictures_take_the_short_way_to_the_same_pixels(captioner, monkeypatch):
+    jpegs = [encode_jpeg(scenes.draw(scene), 90) for scene in SCENES]
+    rows = [{**ROWS[0], "image": {"bytes": data, "path": None}} for data in jpegs]
+    theirs = torch.stack([careful(captioner, row["image"]) for row in rows])
+    monkeypatch.delattr(collator, "open_image")  # not asked
+    assert torch.equal(collate(captioner, "packed", rows)["pixel_values"], theirs)
+
+
+@pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("kind", odd_pictures())
+def test_any_other_picture_is_opened_with_care(captioner, kind):
+    image = odd_pictures()[kind]
+    batch = collate(captioner, "packed", [{**ROWS[0], "image": image}, ROWS[1]])
+    assert torch.equal(batch["pixel_values"][0], careful(captioner, image))
+
+
+@pytest.mark.usefixtures("decoder")
+def test_a_broken_stored_picture_is_named(captioner):
+    broken = {"bytes": encode_jpeg(scenes.draw(SCENES[0]), 90)[:700], "path": None}
+    with pytest.raises(ImageError, match="truncated or broken"):
+        collate(captioner, "packed", [{**ROWS[0], "image": broken}])
+
+
+def test_pixels_are_the_same_from_a_worker_and_however_they_lie_in_memory(captioner):
+    start = captioner.start_ids(None)[0]
+    collator = CaptionCollator(captioner.tokenizer, captioner.transform, start)
+    batch = next(iter(torch.utils.data.DataLoader(ROWS, 3, collate_fn=collator, num_workers=1)))
+    here = collator(ROWS)["pixel_values"]
+    assert not here.is_contiguous()
+    assert torch.equal(batch["pixel_values"], here)
+    as_processor = {**batch, "pixel_values": here.contiguous()}
+    assert loss_of(captioner, batch) == pytest.approx(loss_of(captioner, as_processor), abs=1e-6)
+
+
+def test_encode_is_the_tokenizers_own_whatever_it_was_asked_before(tokenizer, texts):
+    some = [*texts["en"][:9], *texts["zh"][:9], "", "<zh>"]
+    theirs = tokenizer(some, add_special_tokens=False)["input_ids"]
+    tokenizer(some, padding="max_length", max_length=4, truncation=True)
+    assert encode(tokenizer, some) == theirs
+    assert encode(tokenizer, []) == []
+
+
+def test_each_caption_of_a_row_has_its_own_prompt(captioner):
+    tokenizer, captions = captioner.tokenizer, ROWS[0]["captions"]
+    row = {**ROWS[0], "prompts": ["<zh><ja>", ""]}
+    batch = collate(captioner, "packed", [row, ROWS[2]])
+    ids = [tokenizer(caption)["input_ids"] for caption in captions]
+    prompt, start = tokenizer("<zh><ja>")["input_ids"], tokenizer.bos_token_id
+    eos = [tokenizer.eos_token_id]
+    n = len(ids[0]) + len(ids[1]) + 4
+    inputs = [start, *prompt, *ids[0], start, *ids[1]]
+    labels = [*[IGNORE] * 2, *ids[0], *eos, *ids[1], *eos]
+    positions = [*range(len(ids[0]) + 3), *range(len(ids[1]) + 1)]
+    assert batch["decoder_input_ids"][0, :n].tolist() == inputs
+    assert batch["labels"][0, :n].tolist() == labels
+    assert batch["decoder_position_ids"][0, :n].tolist() == positions
 
 
 def test_augment_keeps_the_size_and_changes_the_picture(captioner):

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -200,6 +201,13 @@ def test_a_check_goes_on_where_it_was_and_sees_changes(tmp_path):
     paths[1].write_bytes(b"broken now")
     assert list(check_images(paths, tmp_path / "checks").ok) == [True, False, True]
     assert len(list((tmp_path / "checks").glob("*.parquet"))) == 1  # the stale shard is gone
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import captionlib\ncaptionlib.check_images(['a.png'], workers=1)")
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert "InputError: The worker processes cannot start. A script" in run.stderr.splitlines()[-1]
 
 
 def test_list_images_knows_images_by_their_suffix(tmp_path):
