@@ -89,7 +89,8 @@ def run_shards(
         for count in run(job, todo(), workers):
             bar.update(count)
     for prefix in items:
-        for stale in set(Path(out_dir).glob(f"{prefix}*.parquet")) - set(files):
+        killed = Path(out_dir).glob(f".{prefix}*.parquet.*.part")  # what a killed run was writing
+        for stale in {*Path(out_dir).glob(f"{prefix}*.parquet"), *killed} - set(files):
             stale.unlink()
     return files
 

@@ -252,16 +252,19 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(workplace, command
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups are of Unix")
 @pytest.mark.parametrize("command", ["check", "build"])
 @pytest.mark.parametrize("seconds", [0.5, 1.5])
-def test_ctrl_c_in_preparation_then_the_same_command_again(workplace, command, seconds):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+def test_stopped_in_preparation_then_the_same_command_again(workplace, command, seconds, name):
     if command == "build":
         assert run("check", "--recipe", "tiny.yaml") == 0
     process = start(workplace, command, "--recipe", "tiny.yaml")
     time.sleep(seconds)
-    os.killpg(process.pid, signal.SIGINT)
+    number = signal.Signals[name]
+    os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode in (130, 0, -signal.SIGINT), error  # -2: before Python could listen
-    assert not list(workplace.rglob("*.part"))
+    assert process.returncode in (130, 0, -number), error  # -2: before Python could listen
+    assert number == signal.SIGKILL or not list(workplace.rglob("*.part"))
     assert run(command, "--recipe", "tiny.yaml") == 0
+    assert not list(workplace.rglob("*.part"))
     if command == "build":
         assert accounting("data/dataset").rows.sum() == len(read_captions("captions.csv"))
     else:
