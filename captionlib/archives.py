@@ -67,7 +67,7 @@ def take_in(source: str | Path, images_dir, table_path) -> pd.DataFrame:
     `save_to_disk`, of Parquet files, or what `datasets.load_dataset` takes). The table has the
     columns filename, caption, url, split, lang, a row a caption of the source. Returns one row a
     picture with the columns of `captionlib.download`; "failed" ones have a reason. A picture that
-    is there with the same size is not written again. Raises InputError.
+    is there already is not written again. Raises InputError.
     """
     parts = []
 
@@ -100,13 +100,13 @@ def _take(sample: Sample, images_dir: Path) -> tuple[list[tuple], tuple]:
 
 
 def _write(data: bytes | None, path: Path | None) -> str:
-    """Write a picture, if it is not there with that size; the reason where it cannot be."""
+    """Write a picture, if it is not there already; the reason where it cannot be."""
     if path is None:
         return "unsafe file name"
     if not data:
         return "no picture in the source"
     try:
-        if not (path.is_file() and path.stat().st_size == len(data)):
+        if not (path.is_file() and path.read_bytes() == data):
             write_atomic(path, lambda temporary: temporary.write_bytes(data))
     except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
         return f"cannot be written: {error.strerror}"  # a picture has the name of a folder
@@ -156,8 +156,12 @@ def _of_shards(files: list[Path], source: str) -> Iterator[Sample]:
         yield from _of_dataset(source)
         return
     top = os.path.commonpath([path.parent for path in files])
+    folders: set[str] = set()
     for path in tars or files:
         folder = _stem(path.relative_to(top).as_posix())
+        if folder in folders:  # 0.tar beside 0.tar.gz
+            folder += _suffix(path.name).replace(".", "-")
+        folders.add(folder)
         read = _of_tar if tars else _of_table
         yield from _unique(_whole(read(path, folder), path, folder))
 

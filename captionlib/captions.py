@@ -21,12 +21,15 @@ _TAG = re.compile(r"</?[A-Za-z][^<>]*>|<!--.*?-->")
 _URL = re.compile(r"(?:https?://|www\.)[!-~]+")  # ASCII only: Chinese may follow without a blank
 # Full-width letters and digits, half-width kana: typing habits. Punctuation is spelling.
 _WIDTH = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a\uff66-\uff9f]+")
-# "600_600", "800x800", "DSC_0123.jpg", "AB-12345", "20180512" at the end; but not "in 2019".
-_CODES = re.compile(
-    r"(?:[\s_,;-]*(?:\d{2,5}[_xX*×]\d{2,5}|\d{6,}|(?=[\w-]*\d{3})(?=[\w-]*[A-Z_])[A-Z0-9_-]{5,})"
-    r"(?:\.(?:jpe?g|png|gif|webp))?)+$",
+# "600_600", "800x800", "DSC_0123.jpg", "AB-12345", "20180512" at the end; but not "in 2019", nor
+# the end of a word.
+_CODE = re.compile(
+    r"(?:[\s_,;-]+|(?<![A-Za-z0-9]))"
+    r"(?:\d{2,5}[_xX×*]\d{2,5}|\d{6,}|(?=[\w-]*\d{3})(?=[\w-]*[A-Z_])[A-Z0-9_-]{5,})"
+    r"(?:\.(?:jpe?g|png|gif|webp))?$",
     re.ASCII,
 )
+CODE_PLACE = 64  # characters at the end in which codes are looked for
 CODES = ("keep", "drop")
 EAST_ASIAN = ("gb18030", "cp932")
 MIN_KANA_TEXT = 10  # characters: a longer Japanese caption without kana is Chinese
@@ -52,7 +55,13 @@ def clean_caption(text: str, lang: str = "", codes: str = "keep", fix_mojibake=F
         text = _WIDTH.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
     text = "".join(map(_visible, text))
     text = join_cjk(" ".join(text.split()))
-    return _CODES.sub("", text).rstrip() if codes == "drop" else text
+    return _without_codes(text) if codes == "drop" else text
+
+
+def _without_codes(text: str) -> str:
+    for _ in range(3):  # "T恤_800x800_20180512"
+        text = text[:-CODE_PLACE] + _CODE.sub("", text[-CODE_PLACE:]).rstrip()
+    return text
 
 
 def _visible(char: str) -> str:
@@ -80,11 +89,11 @@ def is_garbled(text: str) -> bool:
 def _read_back(text: str, codec: str) -> bool:
     """Whether it was UTF-8 read as this code page: read back, it is CJK nearly throughout.
 
-    Three bytes a character were read as two: so two thirds of the length, less what was lost. Real
-    Chinese or Japanese is next to never valid UTF-8 in its own code page.
+    Three bytes a character were read as two: so two thirds of the length, less what was lost. Of
+    real Chinese or Japanese two characters in a row next to never read back as CJK; one may.
     """
     back = text.encode(codec, "ignore").decode("utf-8", "ignore")
-    return 2 * len(_CJK.findall(back)) >= max(2, len(text))
+    return 2 * len(_CJK.findall(back)) >= max(4, len(text))
 
 
 def join_cjk(text: str) -> str:

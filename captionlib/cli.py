@@ -14,6 +14,7 @@ import yaml
 
 from captionlib.errors import InputError
 from captionlib.recipe import Recipe, bundled, load_recipe, read_yaml
+from captionlib.shards import ENGINES
 from captionlib.sources import FORMATS
 
 PRINTED = 32  # captions at a time
@@ -38,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         where = f" {error.filename}" if error.filename else ""
         return _say(f"Cannot write or read{where}: {error.strerror}. {_remedy(error.errno)}")
-    except sqlite3.OperationalError as error:
-        number = errno.ENOSPC if "full" in str(error) or "I/O" in str(error) else errno.EACCES
-        return _say(f"Cannot write the ledger of downloads: {error}. {_remedy(number)}")
+    except sqlite3.DatabaseError as error:
+        number = errno.ENOSPC if "full" in str(error) or "I/O" in str(error) else errno.EINVAL
+        return _say(f"Cannot use the ledger or row store (*.sqlite): {error}. {_remedy(number)}")
 
 
 def _say(text: str) -> int:
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
             _download_options(command)
         if name in ("check", "build"):
             command.add_argument("--workers", type=int, help="processes; by default one a core")
-            command.add_argument("--engine", default="processes", help="processes or ray")
+            command.add_argument("--engine", default="processes", choices=ENGINES)
         if name == "build":
             text = "repair UTF-8 that was read as another code page"
             command.add_argument("--fix-mojibake", "--fix_mojibake", action="store_true", help=text)
@@ -156,8 +157,7 @@ def _download(arguments: argparse.Namespace) -> int:
         "allow_private": arguments.allow_private or None,
     }
     recipe.download |= {key: value for key, value in given.items() if value is not None}
-    retry = arguments.retry.split(",") if arguments.retry else []
-    downloads = data_steps.download(recipe, retry)
+    downloads = data_steps.download(recipe, arguments.retry or "")
     print(outcomes(downloads).to_string(index=False))
     print(f"Pictures: {recipe.images_dir}")
     return _list_failed(failures(downloads))

@@ -4,11 +4,12 @@ Each takes a Recipe, does one step with the functions of the library and writes 
 says. A step that was done before is not done again. Needs no torch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from captionlib import dataset, images
@@ -42,7 +43,7 @@ def _table(recipe: Recipe):
     return recipe.table or written
 
 
-def download(recipe: Recipe, retry: Sequence[str] = ()) -> pd.DataFrame:
+def download(recipe: Recipe, retry: str | Sequence[str] = ()) -> pd.DataFrame:
     """Fetch the table's URLs; one row a file: status, reason, tries, bytes, sha256, ...
 
     Where the recipe names a `source`, its pictures and captions are taken in instead.
@@ -77,12 +78,14 @@ def _write_scene_table(recipe: Recipe, url: str) -> None:
     write_atomic(path, lambda temporary: table.to_csv(temporary, index=False))
 
 
-def known_downloads(recipe: Recipe) -> pd.DataFrame:
-    """The outcomes `download` left, without downloading; empty where the pictures were there."""
+def failed_downloads(recipe: Recipe) -> Iterable[tuple[str, str]]:
+    """(filename, reason) of what `download` could not get; none where the pictures were there."""
     path = Path(recipe.data_dir) / "downloads.parquet"
-    if not path.exists():
-        return pd.DataFrame(columns=["filename", "status", "reason"])
-    return pd.read_parquet(path)
+    if recipe.images or not path.exists():
+        return ()
+    bad = (pc.field("status") != "ok") | pc.field("status").is_null()
+    columns = ["filename", "status", "reason"]
+    return failures(pq.read_table(path, columns=columns, filters=bad).to_pandas())
 
 
 def check(recipe: Recipe, **options) -> pd.DataFrame:
@@ -93,7 +96,8 @@ def check(recipe: Recipe, **options) -> pd.DataFrame:
 def write_checks(recipe: Recipe, workers: int | None = None, engine: str = "processes") -> Path:
     """The same with little memory: the verdicts are in the file checks.parquet."""
     folder = recipe.images_dir
-    check_section(recipe.check, "check", images.check_image, images.write_checks)
+    limits = {key: value for key, value in recipe.check.items() if key != "timeout"}
+    check_section(limits, "check", images.check_image)
     total, names = distinct_filenames(captions_pieces(recipe))
     paths = (path for path in (safe_path(folder, name) for name in names) if path)
     shards = images.write_checks(
@@ -137,7 +141,7 @@ def write_dataset(recipe: Recipe, **options) -> dict[str, int]:
         (batch.to_pandas() for batch in pq.ParquetFile(path).iter_batches(PIECE)),
         recipe.dataset_dir,
         recipe.images_dir,
-        failures(known_downloads(recipe)),
+        failed_downloads(recipe),
         **{"lang": recipe.lang, "prompt": recipe.prompt} | recipe.dataset,
         **options,
     )

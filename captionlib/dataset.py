@@ -6,19 +6,30 @@ as JPEG bytes inside Parquet files, which `datasets` opens. Used by processdata_
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
 from captionlib.errors import InputError
 from captionlib.images import ImageError, open_image
-from captionlib.rows import SPLITS, Choices, fill, images_of, judge, open_rows, splits, write_rows
-from captionlib.shards import Job, run_shards, write_atomic
+from captionlib.rows import (
+    SPLITS,
+    Choices,
+    fill,
+    images_of,
+    judge,
+    open_rows,
+    splits,
+    write_rows,
+)  # fmt: skip
+from captionlib.shards import Job, prefix_of, run_shards, write_atomic
 from captionlib.sources import safe_path
 
 TEXT = {"dtype": "string", "_type": "Value"}
@@ -78,16 +89,27 @@ def write_dataset(
             raise InputError(_nothing_left(rows))
         stored = {name: getattr(choices, name) for name in ("stored_size", "squash", "quality")}
         job = Job(_pack, {"images_dir": str(images_dir), **stored}, json.dumps)
-        parts = {f"{split}-": images_of(rows, split) for split in sizes}
+        parts = dict.fromkeys((f"{_split_of(file)}-" for file in _shards(out_dir)), ())
+        parts |= {f"{split}-": images_of(rows, split) for split in sizes}
         run_shards(job, parts, out_dir, sum(sizes.values()), workers, engine)
-        for file in out_dir.glob("*-*.parquet"):
-            if _split_of(file) not in sizes:
-                file.unlink()
+        _assert_all_packed(rows, _shards(out_dir))
         write_rows(rows, columns, out_dir / "rows.parquet")
     write_atomic(
         out_dir / "README.md", lambda path: path.write_text(_card(out_dir, choices), "utf-8")
     )
     return sizes
+
+
+def _assert_all_packed(rows, shards: list[Path]) -> None:
+    """Every row that is not dropped is in a shard, once."""
+    (wanted,) = rows.execute("SELECT count(*) FROM captions WHERE problem = ''").fetchone()
+    packed = sum(_captions_in(shard) for shard in shards)
+    if packed != wanted:
+        raise RuntimeError(f"{wanted} captions should be packed, {packed} are: report this.")
+
+
+def _captions_in(shard: Path) -> int:
+    return pc.sum(pc.list_value_length(pq.read_table(shard, columns=["langs"])["langs"])).as_py()
 
 
 def _nothing_left(rows) -> str:
@@ -104,7 +126,7 @@ def load_dataset(path, streaming: bool = False):
     copy in `.cache`. Raises InputError without a dataset.
     """
     files: dict[str, list[str]] = {}
-    for file in sorted(Path(path).glob("*-*.parquet")):
+    for file in _shards(Path(path)):
         files.setdefault(_split_of(file), []).append(str(file))
     if not files or not (Path(path) / "rows.parquet").exists():
         raise InputError(
@@ -121,18 +143,23 @@ def load_dataset(path, streaming: bool = False):
     )
 
 
+def _shards(path: Path) -> list[Path]:
+    return sorted(file for file in path.glob("*-*.parquet") if prefix_of(file))
+
+
 def _split_of(file: Path) -> str:
-    return file.name.split("-")[0]
+    return prefix_of(file)[:-1]
 
 
 def accounting(path) -> pd.DataFrame:
     """Columns state, rows, share of a built dataset; the states add up to the table's rows."""
-    states = pq.read_table(Path(path) / "rows.parquet", columns=["state"])["state"]
-    counts = pd.DataFrame(states.value_counts().to_pylist()).rename(
-        columns={"values": "state", "counts": "rows"}
-    )
-    counts = counts.sort_values(["rows", "state"], ascending=[False, True], ignore_index=True)
-    return counts.assign(share=counts.rows / len(states))
+    counts: Counter = Counter()
+    with pq.ParquetFile(Path(path) / "rows.parquet") as file:
+        for batch in file.iter_batches(columns=["state"]):
+            for each in batch["state"].value_counts().to_pylist():
+                counts[each["values"]] += each["counts"]
+    table = pd.DataFrame(counts.most_common(), columns=["state", "rows"])
+    return table.assign(share=table.rows / counts.total())
 
 
 def garbled_share(path) -> float:
@@ -180,8 +207,8 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
 
 def _card(path: Path, choices: Choices) -> str:
     """The dataset's README.md: what `datasets` and a hub read, and the accounting for people."""
-    files = {_split_of(file): f"{_split_of(file)}-*.parquet" for file in path.glob("*-*.parquet")}
-    configs = "".join(f"  - split: {name}\n    path: {files[name]}\n" for name in sorted(files))
+    names = sorted({_split_of(file) for file in _shards(path)})
+    configs = "".join(f'  - split: "{name}"\n    path: "{name}-*.parquet"\n' for name in names)
     states = accounting(path)
     rows = "".join(f"| {r.state} | {r.rows} | {r.share:.2%} |\n" for r in states.itertuples())
     made = "".join(f"- {name}: {value}\n" for name, value in asdict(choices).items())

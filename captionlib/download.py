@@ -26,13 +26,8 @@ from captionlib.sources import safe_path
 
 LEDGER = "ledger.sqlite"  # in the pictures' folder
 LEFTOVER = re.compile(r"\..+\.\d+\.part")  # what `_store` leaves when it is killed
-BAD_NAME = (
-    errno.ENAMETOOLONG,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.EINVAL,
-)  # of one file
+# A disk that takes no other file either; any other error is of one name.
+NO_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 COMMIT_SECONDS = 0.5  # a killed process repeats at most this much
 SETTLE_SECONDS = 60.0  # after a crash, the files of at most this time are read again
 SLOW_DISK = 0.002  # seconds a file; quicker ones are written at once, which takes half the CPU
@@ -45,13 +40,16 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def download(table: pd.DataFrame, out_dir, retry: Sequence[str] = (), **manners) -> pd.DataFrame:
+def download(
+    table: pd.DataFrame, out_dir, retry: str | Sequence[str] = (), **manners
+) -> pd.DataFrame:
     """Fetch `table.url` to `out_dir / table.filename`; one row a file name of the table.
 
     Columns: filename, url, status ("ok" or "failed"), reason, tries, http_status, bytes, sha256,
     time (seconds since 1970). Rows that are "ok" and whose file is there are not fetched again;
     those that failed for a passing reason (`fetch.PASSING`) are, the others are not. With `retry`,
-    only failures of its classes are: a reason, its beginning, an HTTP status, or "all".
+    only failures of its classes are: a reason, its beginning, an HTTP status, or "all". A file
+    name with several URLs (or spellings: A.jpg and a.jpg) fails: which picture would it be?
     `manners`: the fields of Manners. The ledger is `out_dir / "ledger.sqlite"`. Raises InputError.
     """
     manners = Manners(**manners)
@@ -64,7 +62,7 @@ def download(table: pd.DataFrame, out_dir, retry: Sequence[str] = (), **manners)
         ledger.executemany(
             "INSERT INTO wanted VALUES (?, ?)", zip(wanted.filename, wanted.url, strict=True)
         )
-        todo = wanted[_to_do(ledger, out_dir, _classes(ledger, retry))]
+        todo = _by_turns(wanted[_to_do(ledger, out_dir, _classes(ledger, retry))])
         try:
             run_coroutine(_download_all(todo, out_dir, ledger, manners, len(wanted)))
         finally:
@@ -80,13 +78,19 @@ def download(table: pd.DataFrame, out_dir, retry: Sequence[str] = (), **manners)
 
 
 def _wanted(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns filename, url, clash; one row a file name."""
     if "url" not in table:
         raise InputError(f"The table has no column url. Its columns are: {', '.join(table)}.")
     wanted = table[["filename", "url"]].drop_duplicates()
-    twice = wanted.filename[wanted.filename.duplicated()]
-    if len(twice):
-        raise InputError(f"The file name {twice.iloc[0]!r} has more than one URL: one each.")
-    return wanted
+    file = wanted.filename.str.replace("\\", "/").str.casefold()  # one file on some systems
+    wanted = wanted.assign(clash=file.duplicated(keep=False))
+    return wanted.drop_duplicates("filename")
+
+
+def _by_turns(wanted: pd.DataFrame) -> pd.DataFrame:
+    """One URL of each host after the other: many of a slow host in a row would fill all places."""
+    host = wanted.url.str.extract("//([^/]*)", expand=False)
+    return wanted.iloc[wanted.groupby(host, dropna=False).cumcount().argsort(kind="stable")]
 
 
 def _open_ledger(path: Path) -> sqlite3.Connection:
@@ -101,12 +105,8 @@ def _open_ledger(path: Path) -> sqlite3.Connection:
             ledger.execute(
                 "CREATE TABLE IF NOT EXISTS downloads (filename TEXT PRIMARY KEY, url TEXT, "
                 "status TEXT, reason TEXT, tries INTEGER, http_status INTEGER, bytes INTEGER, "
-                "sha256 TEXT, time REAL)"
+                "sha256 TEXT, time REAL, settled INTEGER)"
             )
-            if not ledger.execute(
-                "SELECT 1 FROM pragma_table_info('downloads') WHERE name = 'settled'"
-            ).fetchone():  # new, or written by version 0.1
-                ledger.execute("ALTER TABLE downloads ADD COLUMN settled INTEGER DEFAULT 0")
     except sqlite3.OperationalError as error:
         ledger.close()
         if "locked" not in str(error):
@@ -123,10 +123,11 @@ def _remove_leftovers(out_dir: Path) -> None:
             os.remove(os.path.join(folder, name))
 
 
-def _classes(ledger: sqlite3.Connection, retry: Sequence[str]) -> tuple[str, ...]:
+def _classes(ledger: sqlite3.Connection, retry: str | Sequence[str]) -> tuple[str, ...]:
     """Beginnings of reasons that are asked again."""
     reasons = [r for (r,) in ledger.execute("SELECT DISTINCT reason FROM downloads") if r]
-    classes = tuple(f"http {name}" if str(name).isdecimal() else name for name in retry)
+    names = filter(None, retry.split(",") if isinstance(retry, str) else map(str, retry))
+    classes = tuple(f"http {name}" if name.isdecimal() else name for name in names)
     for name in classes:
         if name != "all" and not any(r.startswith(name) for r in (*reasons, *PASSING)):
             known = ", ".join(sorted({_class(r) for r in reasons})) or "none"
@@ -148,7 +149,7 @@ def _to_do(ledger: sqlite3.Connection, out_dir: Path, again: tuple[str, ...]) ->
 
 def _is_there(out_dir: Path, name: str, size: int, sha256: str | None) -> bool:
     """Whether the file has its size and, where it may not have reached the disk, its content."""
-    path = os.path.join(out_dir, name)
+    path = os.path.join(out_dir, name.replace("\\", "/"))  # safe_path's, without its time
     try:
         if os.stat(path).st_size != size:
             return False
@@ -160,7 +161,7 @@ def _is_there(out_dir: Path, name: str, size: int, sha256: str | None) -> bool:
 async def _download_all(
     todo: pd.DataFrame, out_dir: Path, ledger: sqlite3.Connection, manners: Manners, total: int
 ) -> None:
-    waiting = zip(todo.filename, todo.url, strict=True)
+    waiting = todo.itertuples(index=False, name=None)
     finished: list[tuple] = []
     bar = progress_bar(total, "download", total - len(todo))
 
@@ -174,8 +175,8 @@ async def _download_all(
         return kept
 
     async def work() -> None:
-        for filename, url in waiting:
-            finished.append(await _download_one(fetcher, filename, url, out_dir, store))
+        for wanted in waiting:
+            finished.append(await _download_one(fetcher, *wanted, out_dir, store))
             bar.update()
 
     async def commit_now_and_then() -> None:
@@ -233,17 +234,19 @@ def _settle(ledger: sqlite3.Connection, last_row: int) -> None:
 
 
 async def _download_one(
-    fetcher: Fetcher, filename: str, url: str, out_dir: Path, store: Callable
+    fetcher: Fetcher, filename: str, url: str, clash: bool, out_dir: Path, store: Callable
 ) -> tuple:
     """A row of the ledger."""
     path = safe_path(out_dir, filename)
     try:
-        if path is None or filename.startswith(LEDGER):
+        if path is None or filename.casefold().startswith(LEDGER):
             raise FetchError("unsafe file name")
+        if clash:
+            raise FetchError("file name of several URLs")
         kept, tries = await fetcher.fetch(url, partial(store, path))
         if isinstance(kept, OSError):
-            if kept.errno not in BAD_NAME:
-                raise kept  # a full disk, say: no other file would do better
+            if kept.errno in NO_DISK:
+                raise kept
             raise FetchError(f"cannot be written: {kept.strerror}", 200, tries=tries)
     except FetchError as failed:
         reason = str(failed)

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -37,11 +38,13 @@ REDIRECTS = {301, 302, 303, 307, 308}
 ROBOTS_BYTES = 512_000  # of a robots.txt; RFC 9309, section 2.5, asks for 500 KiB at least
 KEEP_ALIVE = 2.0  # seconds; many hosts with longer ones run out of sockets
 PIECE = 1 << 16  # bytes read at once
+HEADERS = ("JPEG", "PNG", "GIF", "WEBP")  # formats whose size is looked at while they arrive
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in the last 32 bits
 PUBLIC_6 = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given out (RFC 4291, section 2.4)
 # Reasons, or their beginnings, that another try may change. All others are for good.
 PASSING = (
     "timeout", "no connection", "connection cut short", "robots.txt unavailable",
+    "file name of several URLs",  # the next table may be mended
     "http 408", "http 425", "http 429", "http 500", "http 502", "http 503", "http 504",
 )  # fmt: skip
 
@@ -88,7 +91,7 @@ class _Host:
 
     def __init__(self, per_host: int):
         self.slots, self.lock = asyncio.Semaphore(per_host), asyncio.Lock()
-        self.robots: str | FetchError | None = None  # its text, or why there is none
+        self.robots: bytes | FetchError | None = None  # its text, or why there is none
 
 
 class Fetcher:
@@ -190,7 +193,7 @@ class Fetcher:
             if delay := rules.crawl_delay(TOKEN):
                 await asyncio.sleep(min(delay, self.manners.max_wait))
 
-    async def _robots(self, url: URL) -> str | FetchError:
+    async def _robots(self, url: URL) -> bytes | FetchError:
         """RFC 9309, section 2.3.1: no such file allows all, a broken server nothing."""
         try:
             return (await self._patiently(lambda: self._get(url, _robots_text, False)))[0]
@@ -206,17 +209,18 @@ class Fetcher:
             raise FetchError("refused by X-Robots-Tag", 200)
         if answer.content_type in ("text/html", "application/xhtml+xml"):
             raise FetchError("a web page, not an image", 200)
-        body, look = bytearray(), 4096
+        body = bytearray()
         async for piece in answer.content.iter_chunked(PIECE):
+            seen = len(body)
             body += piece
+            if seen < PIECE <= len(body):
+                _refuse_by_header(body, self.manners.max_pixels)
             if len(body) > self.manners.max_bytes:
                 raise FetchError(f"more than {self.manners.max_bytes / 1e6:.0f} MB", 200)
-            if look and len(body) >= look:
-                look = 0 if _shows_size(body, self.manners.max_pixels) else 2 * len(body)
         if not body:
             raise FetchError("empty answer", 200)
-        if look:
-            _shows_size(body, self.manners.max_pixels)
+        if len(body) < PIECE:
+            _refuse_by_header(body, self.manners.max_pixels)
         return body
 
 
@@ -255,39 +259,40 @@ def is_private(address: str) -> bool:
     return foreign or not ip.is_global or ip.is_multicast or ip.is_reserved
 
 
-def _shows_size(body: bytearray, max_pixels: int) -> bool:
-    """Whether the beginning tells the picture's size; FetchError where it is no picture for us."""
-    if body[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
+def _refuse_by_header(body: bytearray, max_pixels: int) -> None:
+    """FetchError where the first PIECE of the body shows no picture for us."""
+    head = bytes(body[:PIECE])  # of more, some of Pillow's readers would hold up all transfers
+    if head[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
         raise FetchError("a web page, not an image", 200)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what is refused below
-            width, height = Image.open(io.BytesIO(body)).size
+            width, height = Image.open(io.BytesIO(head), formats=HEADERS).size
     except Image.DecompressionBombError as error:
         raise FetchError(f"too many pixels: {error}", 200) from None
     except Exception:  # noqa: BLE001 - Pillow's readers raise anything; captionlib check judges
-        return False
+        return
     if width * height > max_pixels:
         raise FetchError(f"too many pixels: {width} x {height}", 200)
-    return True
 
 
-async def _robots_text(answer: aiohttp.ClientResponse) -> str:
-    if 400 <= answer.status < 500:
-        return ""
+async def _robots_text(answer: aiohttp.ClientResponse) -> bytes:
     if answer.status != 200:
-        raise _http_error(answer)
+        failed = _http_error(answer)
+        if 400 <= answer.status < 500 and not failed.again:
+            return b""
+        raise failed
     body = bytearray()
     async for piece in answer.content.iter_chunked(PIECE):
         body += piece
         if len(body) > ROBOTS_BYTES:
             break
-    return body[:ROBOTS_BYTES].decode("utf-8", "replace")
+    return zlib.compress(body[:ROBOTS_BYTES])  # kept for every host of the run
 
 
 @lru_cache(1000)  # some 40 KB each: a host keeps its text, the rules are parsed again
-def _rules(robots: str) -> Protego:
-    return Protego.parse(robots)
+def _rules(robots: bytes) -> Protego:
+    return Protego.parse(zlib.decompress(robots).decode("utf-8", "replace") if robots else "")
 
 
 def _no_ai(headers: list[str]) -> bool:

@@ -10,9 +10,11 @@ import io
 import tempfile
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import imagehash
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -97,10 +99,12 @@ def _limit_pixels(image: Image.Image, max_pixels: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    profile = image.info.get("icc_profile")
+    with suppress(Exception):  # EXIF that is garbage says nothing of the picture
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
-    profile = image.info.get("icc_profile")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -127,15 +131,14 @@ def _srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransf
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Deep grey scaled to 0-255: by 8 or 16 bit where it fits, else (12 bit, float) its range."""
-    image = image.convert("F")
-    low, high = image.getextrema()
-    if low >= 0 and 4096 <= high <= 65535:
+    """Deep grey scaled to 0-255: by 1, 8 or 16 bit where it fits, else (12 bit) its range."""
+    values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+    low, high = float(values.min()), float(values.max())
+    if low >= 0 and high <= 255:
+        low, high = 0, 1 if image.mode == "F" and high <= 1 else 255
+    elif low >= 0 and 4096 <= high <= 65535:
         low, high = 0, 65535
-    elif low >= 0 and high <= 255:
-        low, high = 0, 255
-    scale = 255 / (high - low) if high > low else 1
-    return image.point(lambda value: value * scale - low * scale).convert("L")
+    return Image.fromarray(((values - low) * (255 / (high - low or 1))).astype(np.uint8))
 
 
 def _looks_like(data: bytes) -> str:
@@ -203,8 +206,10 @@ def write_checks(
     """The same for any number of files: Parquet files in `out_dir`, with little memory.
 
     Each picture is decoded in a process that may die: a crash of a decoder, more than `timeout`
-    seconds or 4 GB of memory is a verdict on that picture alone.
+    seconds or 4 GB of memory is a verdict on that picture alone. Another `timeout` looks again.
     """
+    if timeout <= 0:
+        raise InputError(f"timeout of check must be above 0 seconds, not {timeout}.")
     job = Job(check_image, limits, key=_file_state, lost=_lost, schema=CHECKS, timeout=timeout)
     return run_shards(job, {"": map(str, paths)}, out_dir, total, workers, engine)
 

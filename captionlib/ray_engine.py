@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from captionlib.errors import InputError
-from captionlib.shards import Job, start_shard, worker_pool
+from captionlib.shards import Job, batches, start_shard, worker_pool
 
 
 def run_on_ray(job: Job, todo: Iterator[tuple[Path, list]], workers: int | None) -> Iterator[int]:
@@ -27,8 +27,9 @@ def run_on_ray(job: Job, todo: Iterator[tuple[Path, list]], workers: int | None)
         local = {} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(address=address, log_to_driver=False, **local)
     ray.data.DataContext.get_current().enable_progress_bars = False  # run_shards shows one
-    shards = [{"file": str(file.absolute()), "items": json.dumps(shard)} for file, shard in todo]
-    if shards:
+    some = 8 * int(ray.cluster_resources()["CPU"])  # shards at a time: the table may be larger
+    for part in batches(todo, some):
+        shards = [{"file": str(f.absolute()), "items": json.dumps(items)} for f, items in part]
         data = ray.data.from_items(shards, override_num_blocks=len(shards))
         for row in data.map(partial(_write, job=job)).iter_rows():
             yield row["count"]

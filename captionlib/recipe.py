@@ -149,11 +149,10 @@ def _check_keys(content: dict, path: Path) -> None:
             raise InputError(f"{key} in {path} must be {names}, not {value!r}.")
 
 
-def check_section(section: dict, name: str, *functions) -> None:
-    """InputError for a key that the functions do not know, or a value of another kind."""
-    known: dict = {}
-    for function in functions:
-        known |= inspect.signature(function).parameters
+def check_section(section: dict, name: str, function) -> None:
+    """InputError for a key that is no option of the function, or a value of another kind."""
+    options = inspect.signature(function).parameters
+    known = {key: each for key, each in options.items() if each.default is not each.empty}
     for key, value in section.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1) or list(known)

@@ -21,12 +21,14 @@ import pyarrow.parquet as pq
 from captionlib.captions import CODES, caption_problem, clean_caption, is_garbled
 from captionlib.duplicates import duplicate_groups
 from captionlib.errors import InputError
+from captionlib.formats import PICTURE
 from captionlib.shards import write_atomic
 from captionlib.sources import safe_path
 
 SPLITS = ("train", "val", "test")
 OTHER_NAMES = {"valid": "val", "validation": "val", "dev": "val", "restval": "train"}
 WORD = re.compile(r"\w+").fullmatch  # a split's name is part of its files' names
+SWALLOWED = re.compile(rf"[\r\n].*({PICTURE}|https?://)", re.I | re.S).search
 COLUMNS = ("filename", "caption", "url", "split", "lang", "prompt")
 PIECE = 20_000  # rows handled at a time
 SCHEMA = """
@@ -142,14 +144,14 @@ def _cleaned(part: pd.DataFrame, images_dir: Path, choices: Choices, too_long) -
         lang = lang or choices.lang
         caption = clean_caption(text, lang, choices.codes, choices.fix_mojibake)
         garbled = is_garbled(text)
-        problem = "caption of several lines (a stray quote?)" if "\n" in text.strip() else ""
+        problem = "caption holds other rows (a stray quote?)" if SWALLOWED(text) else ""
         problem = problem or caption_problem(
             caption, lang if choices.check_lang else "", choices.min_chars, choices.max_chars
         )
         if garbled and choices.fix_mojibake and is_garbled(caption):
             problem = "mojibake that cannot be repaired"
         problem = problem or too_long(caption)
-        prompt = prompt or choices.prompt.format(lang=lang)
+        prompt = prompt or choices.prompt.replace("{lang}", lang)
         path = str(safe_path(images_dir, filename) or "")
         split = split.strip().lower()
         split = OTHER_NAMES.get(split, split)
@@ -184,7 +186,7 @@ def judge(rows: sqlite3.Connection, choices: Choices) -> None:
     )
     named = rows.execute("SELECT DISTINCT split FROM captions WHERE problem = '' AND split != ''")
     names = sorted(name for (name,) in named)
-    wrong = [name for name in names if not WORD(name)]
+    wrong = [name for name in names if not WORD(name) or name == "all"]  # datasets' own name
     if wrong:
         raise InputError(f"The split {wrong[0]!r} of the table is no name: use train, val, test.")
     _assign_splits(rows, names, choices)

@@ -9,6 +9,7 @@ dataset builder; the workers are pebble's, which outlive the death of one of the
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections import deque
@@ -32,6 +33,8 @@ MEMORY_LIMIT = 4 << 30  # bytes a worker may allocate: a picture at its limit of
 ENGINES = ("processes", "ray")
 CHUNK = 20  # items handed to a worker at once: one at a time costs as much as a small picture
 LOST = (TimeoutError, ProcessExpired)
+SHARD_SECONDS = 3600.0  # for a whole shard: nothing may hang for ever
+NAME = re.compile(r"(?P<prefix>.*)\d{5}-[0-9a-f]{16}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def run_shards(
 
     items: by the prefix of their files' names. total: their number, for the progress bar. engine:
     "processes" of this machine, or "ray" (one machine or a cluster that sees the same files).
-    Other Parquet files with these prefixes are removed at the end. Raises InputError.
+    Shards of other items with these prefixes are removed at the end. Raises InputError.
     """
     if engine not in ENGINES:
         raise InputError(f"No engine {engine!r}: choose {' or '.join(ENGINES)}.")
@@ -75,7 +78,7 @@ def run_shards(
 
         def todo() -> Iterator[tuple[Path, list]]:
             for prefix, part in items.items():
-                for number, shard in enumerate(_batches(part, shard_size)):
+                for number, shard in enumerate(batches(part, shard_size)):
                     files.append(Path(out_dir) / _shard_name(prefix, number, shard, job))
                     if files[-1].exists():
                         bar.update(len(shard))
@@ -88,21 +91,31 @@ def run_shards(
             run = _run_in_processes
         for count in run(job, todo(), workers):
             bar.update(count)
-    for prefix in items:
-        killed = Path(out_dir).glob(f".{prefix}*.parquet.*.part")  # what a killed run was writing
-        for stale in {*Path(out_dir).glob(f"{prefix}*.parquet"), *killed} - set(files):
-            stale.unlink()
+    for file in Path(out_dir).glob("*.parquet"):
+        if file not in files and prefix_of(file) in items:
+            file.unlink()
+    for killed in Path(out_dir).glob(".*.parquet.*.part"):  # what a killed run was writing
+        killed.unlink()
     return files
 
 
-def _batches(items: Iterable, size: int) -> Iterator[list]:
+def prefix_of(file: Path) -> str | None:
+    """The prefix of a shard's name; None for a file that `run_shards` did not write."""
+    found = NAME.fullmatch(file.name)
+    return found and found["prefix"]
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items, the last one shorter."""
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
 
 
 def _run_in_processes(job: Job, todo: Iterator[tuple[Path, list]], workers: int | None):
-    workers = workers or os.cpu_count() or 1
+    workers = workers or (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
     running: deque = deque()
     with worker_pool(workers) as pool:
         for file, shard in todo:
@@ -141,15 +154,17 @@ def _prepare_worker() -> None:
     if sys.platform == "linux":
         import resource  # not on Windows; on macOS this limit does nothing
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def start_shard(pool: ProcessPool, job: Job, file: Path, shard: list) -> Callable[[], None]:
     """Begin a shard in the pool; what is returned waits until its file is written."""
     if job.lost is None:
-        running = pool.schedule(_write_shard, args=(job, file, shard))
+        running = pool.schedule(_write_shard, args=(job, file, shard), timeout=SHARD_SECONDS)
         return partial(_wait, running)
-    chunks = [(chunk, _schedule(pool, job, chunk)) for chunk in _batches(shard, CHUNK)]
+    chunks = [(chunk, _schedule(pool, job, chunk)) for chunk in batches(shard, CHUNK)]
 
     def finish() -> None:
         found = [row for chunk, running in chunks for row in _rows_of(pool, job, chunk, running)]
@@ -201,7 +216,7 @@ def _write_table(file: Path, table: pa.Table) -> None:
 
 
 def _shard_name(prefix: str, i: int, shard: list, job: Job) -> str:
-    text = "\n".join([*map(job.key, shard), repr(sorted(job.arguments.items()))])
+    text = "\n".join([*map(job.key, shard), repr(sorted(job.arguments.items())), repr(job.timeout)])
     return f"{prefix}{i:05d}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.parquet"
 
 

@@ -84,8 +84,6 @@ def _read_one(path: Path, format: str, encoding: str, rows: int) -> Iterator[pd.
             f"{path} is not {encoding} (byte {error.start}): name its encoding, for example "
             "--encoding gbk (Chinese) or --encoding shift_jis (Japanese)."
         ) from None
-    except UnicodeEncodeError as error:
-        raise InputError(f"{path} holds half a character: {error.object[:60]!r}.") from None
     except pd.errors.EmptyDataError:
         pass
     except DAMAGE as error:
@@ -114,30 +112,36 @@ def _with_our_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def _as_text(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """All of it text; a list of captions becomes as many rows. What JSON held is checked."""
+    """All of it text; a list of captions becomes as many rows.
+
+    What is not text (a null, a number) becomes "", for the accounting of `build` to count: one bad
+    row of a million is no reason to stop. InputError where a whole piece has no text there.
+    """
     for name in table:
         if infer_dtype(table[name], skipna=False) == "string":
             continue
         column = table[name].astype(object).map(_caption if name == "caption" else _text)
-        if name not in ("filename", "caption"):
-            column = column.where(table[name].notna(), "")
-        if column.isna().any():
-            number = column.isna().idxmax()
-            where = f"{path}, {table.index.name or 'record'} {number}"
-            raise InputError(f"{where}: {name} is {table[name][number]!s:.60}, not text.")
+        if name in ("filename", "caption") and column.isna().all():
+            where = f"{path}, {table.index.name or 'record'} {table.index[0]}"
+            raise InputError(f"{where}: {name} is {table[name].iloc[0]!s:.60}, not text.")
         table = table.assign(**{name: column}).explode(name)
-    table = table.fillna("").astype(str).reset_index(drop=True)
+    table = table.fillna("").reset_index(drop=True)
+    try:
+        table = table.astype(str)
+    except UnicodeEncodeError:
+        table = table.map(_text).astype(str)
     if "filename" not in table:
         table.insert(0, "filename", table["url"].map(name_of_url))
     return table
 
 
 def _caption(value) -> str | list[str] | None:
-    return value if isinstance(value, str) else texts(value)
+    return _text(value) if isinstance(value, str) else texts(value)
 
 
 def _text(value) -> str | None:
-    return value if isinstance(value, str) else None
+    """JSON may bring half a surrogate pair, which no file can hold."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None
 
 
 def name_of_url(url: str) -> str:

@@ -36,6 +36,10 @@ def test_what_is_no_caption_goes(lang, text, clean):
         ("room 101", "room 101"),
         ("MP3 player", "MP3 player"),
         ("a B747", "a B747"),
+        ("iPhone15PRO256", "iPhone15PRO256"),
+        ("裙子_800x800_20180512", "裙子"),
+        ("1" * 80 + "a", "1" * 80 + "a"),  # and in no time
+        ("AB-123_" * 30 + "a", "AB-123_" * 30 + "a"),
     ],
 )
 def test_product_codes_at_the_end_are_dropped_only_when_asked(text, clean):
@@ -53,6 +57,11 @@ def test_mojibake_is_found_and_repaired(text):
     assert clean_caption(garbled, fix_mojibake=True) == text
     assert not is_garbled(text)
     assert mended(text) == text
+
+
+@pytest.mark.parametrize("text", ["我国", "大小", "苹果", "香蕉", "手套", "犬", "café", "ñ"])
+def test_short_words_are_no_mojibake(text):
+    assert not is_garbled(text)
 
 
 @pytest.mark.parametrize("lost", ["ignore", "replace"])

@@ -3,7 +3,6 @@
 import asyncio
 import email.utils
 import errno
-import hashlib
 import os
 import random
 import signal
@@ -19,7 +18,7 @@ import pytest
 from bad_server import PAGES, ROBOTS, BadServer, answer, gzip_bomb, jpeg
 
 from captionlib import download, fetch
-from captionlib.download import _open_ledger, outcomes
+from captionlib.download import _by_turns, _open_ledger, outcomes
 from captionlib.errors import InputError
 from captionlib.images import ImageError, open_image
 from captionlib.scene_server import TROUBLE, SceneServer, scene_name, scene_table
@@ -405,23 +404,6 @@ def test_a_second_download_into_the_same_folder_is_refused(tmp_path):
     download(table, tmp_path, **FAST)
 
 
-def test_a_ledger_of_the_first_version_opens(tmp_path):
-    with BadServer() as server:
-        url = f"{server.url}/good"
-        (tmp_path / "a.jpg").write_bytes(jpeg())
-        sha256 = hashlib.sha256(jpeg()).hexdigest()
-        with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as old, old:
-            old.execute(
-                "CREATE TABLE downloads (filename TEXT PRIMARY KEY, url TEXT, status TEXT, reason "
-                "TEXT, tries INTEGER, http_status INTEGER, bytes INTEGER, sha256 TEXT, time REAL)"
-            )
-            row = ("a.jpg", url, "ok", "", 1, 200, len(jpeg()), sha256, 0.0)
-            old.execute("INSERT INTO downloads VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-        table = pd.DataFrame({"filename": ["a.jpg"], "url": [url]})
-        assert download(table, tmp_path, **FAST).status[0] == "ok"
-        assert not server.requests
-
-
 def test_what_may_not_have_reached_the_disk_is_read_again(tmp_path):
     table = pd.DataFrame({"filename": ["a", "b"]})
     with BadServer(PAGES | {"/b": answer(jpeg())}) as server:
@@ -554,3 +536,38 @@ def test_interrupted_it_keeps_what_it_has(tmp_path):
     with closing(sqlite3.connect(here / "ledger.sqlite")) as ledger:
         rows = ledger.execute("SELECT filename, status, settled FROM downloads").fetchall()
     assert rows == [("a.jpg", "ok", 1)]
+
+
+def test_a_file_name_of_several_urls_is_given_to_none_of_them(server, tmp_path):
+    names = ["a.png", "a.png", "B.png", "b.png", "d/x.png", "d\\x.png", "c.png"]
+    urls = [f"{server.url}/{scene_name('test', n)}" for n in range(7)]
+    table = pd.DataFrame({"filename": names, "url": urls})
+    got = download(table, tmp_path, **FAST).set_index("filename")
+    assert set(got.index) == set(names)
+    assert set(got.reason.drop("c.png")) == {"file name of several URLs"}
+    assert got.status["c.png"] == "ok"
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["c.png"]
+    mended = download(table[2:3], tmp_path, **FAST)  # asked again when the table is better
+    assert mended.status[0] == "ok"
+
+
+def test_a_windows_path_is_found_again(server, tmp_path):
+    table = pd.DataFrame({"filename": ["d\\x.png"], "url": [f"{server.url}/test-000000.png"]})
+    download(table, tmp_path, **FAST)
+    server.requests.clear()
+    assert download(table, tmp_path, **FAST).status[0] == "ok"
+    assert not server.requests
+
+
+def test_many_urls_of_one_host_do_not_come_first():
+    urls = [f"http://slow/{n}" for n in range(3)] + ["http://a/1", "http://b/1", "broken"]
+    turns = _by_turns(pd.DataFrame({"url": urls})).url.to_list()
+    assert set(turns[:4]) == {"http://slow/0", "http://a/1", "http://b/1", "broken"}
+    assert turns[4:] == ["http://slow/1", "http://slow/2"]
+
+
+def test_a_hostile_header_does_not_hold_up_the_others():
+    body = bytearray(b"GIF89a" + bytes(7) + b"!\xfe\0" * 700_000)  # Pillow joins comments
+    start = time.perf_counter()
+    fetch._refuse_by_header(body, 10**6)
+    assert time.perf_counter() - start < 0.5

@@ -39,6 +39,11 @@ def test_every_mode_becomes_rgb(mode, tmp_path):
     image.save(path) if mode not in ("YCbCr",) else image.save(path := tmp_path / "x.jpg")
     opened = open_image(path)
     assert (opened.mode, opened.size) == ("RGB", (40, 30))
+    red = opened.getpixel((5, 5))[0]
+    if mode in ("RGB", "RGBA", "CMYK", "P", "YCbCr"):
+        assert abs(red - 200) < 20
+    elif mode in ("L", "LA", "I", "F", "I;16"):
+        assert abs(red - RED.convert("L").getpixel((5, 5))) < 3
 
 
 def test_transparent_is_laid_on_white_and_16_bit_keeps_its_brightness():
@@ -181,6 +186,29 @@ def test_deep_grey_keeps_what_can_be_seen():
     twelve_bit = np.linspace(100, 600, 400, dtype=np.uint16).reshape(20, 20)
     low, high = open_image(as_bytes(Image.fromarray(twelve_bit))).convert("L").getextrema()
     assert (low, high) == (0, 255)
+
+
+def test_floats_of_0_to_1_and_holes_in_them_are_seen(tmp_path):
+    values = np.linspace(0, 1, 400, dtype=np.float32).reshape(20, 20)
+    values[3, 3] = np.nan
+    values[4, 4] = np.inf
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    low, high = open_image(tmp_path / "float.tif").convert("L").getextrema()
+    assert (low, high) == (0, 255)
+
+
+def test_garbage_in_exif_says_nothing_of_the_picture():
+    assert open_image(as_bytes(RED, exif=b"garbagegarbage")).getpixel((5, 5)) == (200, 20, 20)
+
+
+def test_only_our_own_stale_shards_are_removed(tmp_path):
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "mine.parquet")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "train-00000-of-00001.parquet")
+    check_images([tmp_path / "a.png"], tmp_path, workers=1)
+    check_images([tmp_path / "b.png"], tmp_path, workers=1)
+    names = {path.name for path in tmp_path.glob("*.parquet")}
+    assert names > {"mine.parquet", "train-00000-of-00001.parquet"}
+    assert len(names) == 3
 
 
 def test_an_animation_gives_its_first_frame():
