@@ -376,6 +376,17 @@ def write_table(path: Path, names: list[str], split: str = "") -> None:
             file.write(f"{name},a picture with the number {number},{split}\n")
 
 
+BARE = """
+import sys
+from captionlib.dataset import encode_jpeg, shrink
+from captionlib.images import check_image, open_image
+for number in range(int(sys.argv[2]), int(sys.argv[3])):
+    path = f"{sys.argv[1]}/{number}.jpg"
+    check_image(path)
+    encode_jpeg(shrink(open_image(path), 144), 90)
+"""
+
+
 def workers(folder: Path, arguments) -> dict:
     """Copies of the originals with a number after their end, so that no two files are alike."""
     count = 2000 if arguments.quick else 4000  # shards have 1,000: a whole number for each worker
@@ -385,10 +396,9 @@ def workers(folder: Path, arguments) -> dict:
         content = files[number % len(files)].read_bytes() + f"{number:08d}".encode()
         (images / f"{number}.jpg").write_bytes(content)
     write_table(table, [f"{number}.jpg" for number in range(count)], "train")
-    write_table(folder / "two.csv", ["0.jpg", "1.jpg"], "train")
     trials = iter(range(10**6))
 
-    def both(table: Path, number: int):
+    def both(number: int):
         def steps() -> None:
             out = folder / f"data-{next(trials)}"
             for step in ("check", "build"):
@@ -396,21 +406,29 @@ def workers(folder: Path, arguments) -> dict:
 
         return steps
 
-    cases = {f"{n}_workers": both(table, n) for n in (1, 2)} | {
-        f"{n}_workers_start_up": both(folder / "two.csv", n) for n in (1, 2)
-    }
-    seconds = interleaved(cases, 1 if arguments.quick else 3)
-    net = [
-        [whole - start for whole, start in zip(*pair, strict=True)]
-        for pair in ((seconds[f"{n}_workers"], seconds[f"{n}_workers_start_up"]) for n in (1, 2))
-    ]
+    def bare(number: int):
+        """The same work in processes that share nothing: what this machine makes of two."""
+
+        def steps() -> None:
+            bounds = [str(count * k // number) for k in range(number + 1)]
+            pairs = zip(bounds[:-1], bounds[1:], strict=True)
+            command = [sys.executable, "-c", BARE, str(images)]
+            running = [subprocess.Popen([*command, *pair]) for pair in pairs]
+            if any(process.wait() for process in running):
+                raise Skip("the bare processes failed")
+
+        return steps
+
+    cases = {f"{n}_workers": both(n) for n in (1, 2)}
+    cases |= {f"{n}_bare": bare(n) for n in (1, 2)}
+    seconds = interleaved(cases, 1 if arguments.quick else 2)
     result = {
         "two_workers_vs_one": ratio(seconds["1_workers"], seconds["2_workers"]),
-        "two_workers_vs_one_without_start_up": ratio(*net),
-        **{f"{n}_workers_images_per_s": round(count / median(seconds[f"{n}_workers"]), 1)
-           for n in (1, 2)},
-        **{f"{name}_s": round(median(each), 1) for name, each in seconds.items()},
-    }  # fmt: skip
+        "two_bare_processes_vs_one": ratio(seconds["1_bare"], seconds["2_bare"]),
+        **{
+            f"{name}_images_per_s": round(count / median(each), 1) for name, each in seconds.items()
+        },
+    }
     show(f"Check + pack of {count} photographs, whole commands", **result)
     return result
 

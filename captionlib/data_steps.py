@@ -90,7 +90,7 @@ def failed_downloads(recipe: Recipe) -> Iterable[tuple[str, str]]:
 
 def check(recipe: Recipe, **options) -> pd.DataFrame:
     """Decode every picture that the table names; the verdicts, one row a file."""
-    return pd.read_parquet(write_checks(recipe, **options))
+    return images.as_frame(pq.read_table(write_checks(recipe, **options)))
 
 
 def write_checks(recipe: Recipe, workers: int | None = None, engine: str = "processes") -> Path:

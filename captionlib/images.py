@@ -190,8 +190,12 @@ def check_images(paths: Iterable, out_dir=None, **options):
     """
     with tempfile.TemporaryDirectory() as scratch:
         shards = write_checks(paths, out_dir or scratch, **options)
-        table = pa.concat_tables([CHECKS.empty_table(), *map(pq.read_table, shards)])
-    return table.to_pandas()
+        return as_frame(pa.concat_tables([CHECKS.empty_table(), *map(pq.read_table, shards)]))
+
+
+def as_frame(checks: pa.Table):
+    """Verdicts as a pandas.DataFrame; sizes stay whole numbers where some are missing."""
+    return checks.to_pandas().astype({"width": "Int64", "height": "Int64"})
 
 
 def write_checks(

@@ -34,7 +34,7 @@ ENGINES = ("processes", "ray")
 CHUNK = 20  # items handed to a worker at once: one at a time costs as much as a small picture
 LOST = (TimeoutError, ProcessExpired)
 SHARD_SECONDS = 3600.0  # for a whole shard: nothing may hang for ever
-NAME = re.compile(r"(?P<prefix>.*)\d{5}-[0-9a-f]{16}\.parquet")
+NAME = re.compile(r"(?P<prefix>.*?)\d{5,}-[0-9a-f]{16}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def run_shards(
             run = _run_in_processes
         for count in run(job, todo(), workers):
             bar.update(count)
+    kept = set(files)
     for file in Path(out_dir).glob("*.parquet"):
-        if file not in files and prefix_of(file) in items:
+        if file not in kept and prefix_of(file) in items:
             file.unlink()
     for killed in Path(out_dir).glob(".*.parquet.*.part"):  # what a killed run was writing
         killed.unlink()
