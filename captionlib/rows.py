@@ -127,16 +127,16 @@ def fill(rows, table, checks, images_dir: Path, failed: Iterable, choices: Choic
             values.itertuples(index=False),
         )
     rows.executemany("INSERT OR REPLACE INTO failed VALUES (?, ?)", failed)
-    names: list[str] = []
+    named: set[str] = set()
     too_long = _token_limit(choices)
     for part in pieces(table):
-        names = [name for name in COLUMNS if name in part]
+        named |= set(part.columns)
         part = part.reindex(columns=COLUMNS).fillna("").astype(object)
         rows.executemany(
             f"INSERT INTO captions VALUES (NULL{', ?' * 9})",
             _cleaned(part, images_dir, choices, too_long),
         )
-    return names
+    return [name for name in COLUMNS if name in named]
 
 
 def _cleaned(part: pd.DataFrame, images_dir: Path, choices: Choices, too_long) -> Iterator[tuple]:
