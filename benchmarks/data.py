@@ -378,7 +378,7 @@ def write_table(path: Path, names: list[str], split: str = "") -> None:
 
 BARE = """
 import sys
-from captionlib.dataset import encode_jpeg, shrink
+from captionlib.packing import encode_jpeg, shrink
 from captionlib.images import check_image, open_image
 for number in range(int(sys.argv[2]), int(sys.argv[3])):
     path = f"{sys.argv[1]}/{number}.jpg"

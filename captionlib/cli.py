@@ -15,7 +15,6 @@ import yaml
 from captionlib.errors import InputError
 from captionlib.recipe import Recipe, bundled, load_recipe, read_yaml
 from captionlib.shards import ENGINES
-from captionlib.sources import FORMATS
 
 PRINTED = 32  # captions at a time
 SHOWN = 10  # failed items listed; the table in the data folder has all
@@ -108,11 +107,11 @@ def _download_options(command: argparse.ArgumentParser) -> None:
 def _recipe_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--recipe", help=f"a YAML file, or one of {', '.join(bundled())}")
-    options.add_argument("--table", nargs="+", help="your own table(s), in any form of --format")
+    options.add_argument("--table", nargs="+", help="your own table(s): CSV, COCO, JSON lines, ...")
     options.add_argument("--folder", help="where a recipe's source lies, if it asks for one")
     options.add_argument("--images", help="the folder of your pictures; else they are downloaded")
     options.add_argument("--lang", help="of the captions: en, zh or ja")
-    options.add_argument("--format", help=f"{', '.join(FORMATS)}; auto looks into the file")
+    options.add_argument("--format", help="of the table: csv, coco, ...; auto looks into it")
     options.add_argument("--encoding", help="of the table, for example gbk")
     options.add_argument("--data-dir", help="where the data goes")
     options.add_argument("--run-dir", help="where the training run goes")

@@ -1,10 +1,9 @@
-"""Pack checked images and cleaned captions into a dataset, every input row accounted for.
+"""Build a dataset of checked images and cleaned captions, every input row accounted for.
 
-One row is one image. Images are shrunk once (short side `stored_size`, never enlarged) and stored
-as JPEG bytes inside Parquet files, which `datasets` opens. Used by processdata_03 and the trainer.
+One row is one image, in Parquet files that `datasets` opens; `packing` makes them, `rows` says what
+becomes of each row of the table. Used by processdata_03 and the trainer.
 """
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -12,13 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from captionlib.errors import InputError
-from captionlib.images import ImageError, open_image
+from captionlib.packing import pack
 from captionlib.rows import (
     SPLITS,
     Choices,
@@ -30,27 +27,6 @@ from captionlib.rows import (
     write_rows,
 )  # fmt: skip
 from captionlib.shards import Job, prefix_of, run_shards, write_atomic
-from captionlib.sources import safe_path
-
-TEXT = {"dtype": "string", "_type": "Value"}
-TEXTS = {"feature": TEXT, "_type": "List"}
-FEATURES = {  # as `datasets` writes them into a Parquet file, which needs not be imported here
-    "filename": TEXT,
-    "image": {"_type": "Image"},
-    "captions": TEXTS,
-    "prompts": TEXTS,
-    "langs": TEXTS,
-}
-SCHEMA = pa.schema(
-    {
-        "filename": pa.string(),
-        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-        "captions": pa.list_(pa.string()),
-        "prompts": pa.list_(pa.string()),
-        "langs": pa.list_(pa.string()),
-    },
-    {"huggingface": json.dumps({"info": {"features": FEATURES}})},
-)
 
 
 def build_dataset(table, checks, out_dir, images_dir, failed_downloads=(), **options):
@@ -88,7 +64,7 @@ def write_dataset(
         if not sizes:
             raise InputError(_nothing_left(rows))
         stored = {name: getattr(choices, name) for name in ("stored_size", "squash", "quality")}
-        job = Job(_pack, {"images_dir": str(images_dir), **stored}, json.dumps)
+        job = Job(pack, stored, json.dumps)
         parts = dict.fromkeys((f"{_split_of(file)}-" for file in _shards(out_dir)), ())
         parts |= {f"{split}-": images_of(rows, split) for split in sizes}
         run_shards(job, parts, out_dir, sum(sizes.values()), workers, engine)
@@ -166,43 +142,6 @@ def garbled_share(path) -> float:
     """The share of the table's captions that look like mojibake (`captions.is_garbled`)."""
     garbled = pq.read_table(Path(path) / "rows.parquet", columns=["garbled"])["garbled"]
     return garbled.to_numpy().mean()
-
-
-def _pack(items: list[dict], images_dir: str, stored_size: int, squash: bool, quality: int):
-    """One shard, a pyarrow.Table: decode, shrink, encode again."""
-    for item in items:
-        path = safe_path(images_dir, item["filename"])
-        try:
-            image = open_image(path)
-        except ImageError as error:  # it was readable when it was checked
-            raise InputError(f"{path}: {error}. Run captionlib check again.") from None
-        data = encode_jpeg(shrink(image, stored_size, squash), quality)
-        item["image"] = {"bytes": data, "path": None}
-    return pa.Table.from_pylist(items, SCHEMA)
-
-
-def shrink(image: Image.Image, stored_size: int, squash: bool = False) -> Image.Image:
-    """Short side to `stored_size` pixels, in proportion; smaller pictures stay as they are.
-
-    squash: both sides to `stored_size`, as ViT's image processor does before training.
-    """
-    short = min(image.size)
-    if squash:
-        size = (stored_size, stored_size)
-    elif short <= stored_size:
-        size = image.size
-    else:
-        size = tuple(max(1, round(side * stored_size / short)) for side in image.size)
-    same = size == image.size
-    return image if same else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-
-
-def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """The picture as JPEG (quality 1-95)."""
-    out = io.BytesIO()
-    # Colours at full resolution below 128 px: there, halving them blurs what is to be learnt.
-    image.save(out, "JPEG", quality=quality, subsampling=0 if min(image.size) < 128 else 2)
-    return out.getvalue()
 
 
 def _card(path: Path, choices: Choices) -> str:

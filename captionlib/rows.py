@@ -259,17 +259,17 @@ def splits(rows: sqlite3.Connection) -> dict[str, int]:
 
 
 def images_of(rows: sqlite3.Connection, split: str) -> Iterator[dict]:
-    """One dict a picture: filename, sha256 and the lists captions, prompts, langs."""
+    """One dict a picture: path, filename, sha256 and the lists captions, prompts, langs."""
     found = rows.execute(
-        """SELECT c.filename, p.pixels, c.caption, c.prompt, c.lang
+        """SELECT c.path, c.filename, p.pixels, c.caption, c.prompt, c.lang
             FROM captions c JOIN pictures p USING (path)
             WHERE c.problem = '' AND p.split = ? ORDER BY p.rowid, c.id""",
         [split],
     )
-    for (filename, pixels), group in groupby(found, itemgetter(0, 1)):
-        _, _, captions, prompts, langs = map(list, zip(*group, strict=True))
+    for (path, filename, pixels), group in groupby(found, itemgetter(0, 1, 2)):
+        *_, captions, prompts, langs = map(list, zip(*group, strict=True))
         lists = {"captions": captions, "prompts": prompts, "langs": langs}
-        yield {"filename": filename, "sha256": pixels, **lists}
+        yield {"path": path, "filename": filename, "sha256": pixels, **lists}
 
 
 def write_rows(rows: sqlite3.Connection, columns: list[str], path: Path) -> None:

@@ -11,9 +11,9 @@ from transformers import RobertaConfig, ViTImageProcessorPil
 
 from captionlib import CaptionCollator, collator, glue, scenes
 from captionlib.collator import IGNORE, PixelTransform
-from captionlib.dataset import encode_jpeg
 from captionlib.errors import InputError
 from captionlib.images import ImageError, open_image
+from captionlib.packing import encode_jpeg
 from captionlib.recipe import Recipe
 from captionlib.steps import PACKING, new_collator
 from captionlib.tokenization import encode

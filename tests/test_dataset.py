@@ -12,10 +12,11 @@ from huggingface_hub import HfApi, HfFileSystem
 from PIL import Image
 
 from captionlib import build_dataset, check_images, load_dataset, read_captions, train_tokenizer
-from captionlib.dataset import SCHEMA, accounting, encode_jpeg, garbled_share, shrink
+from captionlib.dataset import accounting, garbled_share
 from captionlib.duplicates import duplicate_groups
 from captionlib.errors import InputError
 from captionlib.images import open_image
+from captionlib.packing import SCHEMA, encode_jpeg, shrink
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ LAYERS = [
     {"shards", "captions", "scenes", "plots", "optimizer", "duplicates", "formats"},
     {"images", "tokenization", "metrics", "scene_server", "recipe", "lessons", "ray_engine"},
     {"sources", "collator"},
-    {"fetch", "rows", "archives", "generation"},
+    {"fetch", "rows", "archives", "packing", "generation"},
     {"download", "dataset"},
     {"glue", "trainer"},
     {"data_steps"},
@@ -30,7 +30,7 @@ LAZY = {  # imported inside a function
 CLASSROOM = {"scenes", "scene_server", "demo", "lessons"}  # the drawn world of the demo
 DATA = {
     "archives", "captions", "data_steps", "dataset", "download", "duplicates", "fetch", "formats",
-    "images", "ray_engine", "rows", "shards", "sources",
+    "images", "packing", "ray_engine", "rows", "shards", "sources",
 }  # fmt: skip
 ROOMS = {"classroom": 500, "data": 2100, "captioner": 2200}
 FILES = sorted((ROOT / "captionlib").glob("*.py"))
