@@ -71,14 +71,14 @@ def show(title: str, **rows) -> None:
         print(f"| {name} | {text} | {TARGETS.get(name, '')} |", flush=True)
 
 
-def interleaved(functions: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, the functions taking turns; the first round is not counted."""
+def interleaved(functions: dict, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call, the functions taking turns; rounds of warming up are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 1):
+    for number in range(rounds + warm_up):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if number:
+            if number >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -389,7 +389,7 @@ for number in range(int(sys.argv[2]), int(sys.argv[3])):
 
 def workers(folder: Path, arguments) -> dict:
     """Copies of the originals with a number after their end, so that no two files are alike."""
-    count = 2000 if arguments.quick else 4000  # shards have 1,000: a whole number for each worker
+    count = 2000 if arguments.quick else 8000  # shards have 1,000: a whole number for each worker
     images, table, files = folder / "images", folder / "table.csv", originals()
     images.mkdir()
     for number in range(count):
@@ -421,7 +421,7 @@ def workers(folder: Path, arguments) -> dict:
 
     cases = {f"{n}_workers": both(n) for n in (1, 2)}
     cases |= {f"{n}_bare": bare(n) for n in (1, 2)}
-    seconds = interleaved(cases, 1 if arguments.quick else 2)
+    seconds = interleaved(cases, 1 if arguments.quick else 2, warm_up=0)
     result = {
         "two_workers_vs_one": ratio(seconds["1_workers"], seconds["2_workers"]),
         "two_bare_processes_vs_one": ratio(seconds["1_bare"], seconds["2_bare"]),
