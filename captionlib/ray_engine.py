@@ -25,7 +25,13 @@ def run_on_ray(job: Job, todo: Iterator[tuple[Path, list]], workers: int | None)
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         local = {} if address else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, **local)
+        try:
+            ray.init(address=address, log_to_driver=False, **local)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"Ray cannot join RAY_ADDRESS {address!r} or start: {reason}"
+            ) from None
     ray.data.DataContext.get_current().enable_progress_bars = False  # run_shards shows one
     some = 8 * int(ray.cluster_resources()["CPU"])  # shards at a time: the table may be larger
     for part in batches(todo, some):

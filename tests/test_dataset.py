@@ -329,7 +329,7 @@ def test_ray_writes_what_processes_write(parts, tmp_path, monkeypatch):
         build((table, checks, out, photos), workers=2, engine=engine)
         files = sorted(out.glob("*.parquet"))
         tables.append(
-            (checks.fillna("").to_dict(), [(f.name, pq.read_table(f).to_pylist()) for f in files])
+            (checks.astype(str).to_dict(), [(f.name, pq.read_table(f).to_pylist()) for f in files])
         )
     assert tables[0] == tables[1]
 
