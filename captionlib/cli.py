@@ -150,6 +150,8 @@ def _download(arguments: argparse.Namespace) -> int:
 
     recipe = _recipe(arguments)
     recipe.source = arguments.source or recipe.source
+    if recipe.source and recipe.table:
+        raise InputError(f"--from {recipe.source} brings its own table: leave out --table.")
     given = {
         "contact": arguments.contact,
         "robots": False if arguments.no_robots else None,
@@ -193,7 +195,7 @@ def _build(arguments: argparse.Namespace) -> int:
     sizes = data_steps.write_dataset(recipe, workers=arguments.workers, engine=arguments.engine)
     print(accounting(recipe.dataset_dir).to_string(index=False))
     garbled = garbled_share(recipe.dataset_dir)
-    if garbled:
+    if garbled and not recipe.dataset.get("fix_mojibake"):
         print(f"{garbled:.2%} of the captions look like mojibake (--fix-mojibake repairs it).")
     images = ", ".join(f"{split} {count}" for split, count in sizes.items())
     print(f"Images: {images}. Dataset: {recipe.dataset_dir}")

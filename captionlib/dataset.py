@@ -26,7 +26,9 @@ from captionlib.rows import (
     splits,
     write_rows,
 )  # fmt: skip
-from captionlib.shards import Job, prefix_of, run_shards, write_atomic
+from captionlib.shards import Job, only_one, prefix_of, run_shards, write_atomic
+
+SHARDS = "shards"  # the names of all shards, in the metadata of rows.parquet
 
 
 def build_dataset(table, checks, out_dir, images_dir, failed_downloads=(), **options):
@@ -56,20 +58,21 @@ def write_dataset(
     """
     choices = Choices(**choices)
     out_dir, images_dir = Path(out_dir), Path(images_dir)
-    (out_dir / "rows.parquet").unlink(missing_ok=True)  # written last: without it nothing loads
-    with open_rows(out_dir / ".rows.sqlite") as rows:
+    with only_one(out_dir, "build"), open_rows(out_dir / ".rows.sqlite") as rows:
         columns = fill(rows, table, checks, images_dir, failed_downloads, choices)
         judge(rows, choices)
         sizes = splits(rows)
         if not sizes:
             raise InputError(_nothing_left(rows))
+        (out_dir / "rows.parquet").unlink(missing_ok=True)  # written last: without it nothing loads
         stored = {name: getattr(choices, name) for name in ("stored_size", "squash", "quality")}
         job = Job(pack, stored, json.dumps)
         parts = dict.fromkeys((f"{_split_of(file)}-" for file in _shards(out_dir)), ())
         parts |= {f"{split}-": images_of(rows, split) for split in sizes}
         run_shards(job, parts, out_dir, sum(sizes.values()), workers, engine)
         _assert_all_packed(rows, _shards(out_dir))
-        write_rows(rows, columns, out_dir / "rows.parquet")
+        names = [file.name for file in _shards(out_dir)]
+        write_rows(rows, columns, out_dir / "rows.parquet", {SHARDS: json.dumps(names)})
     write_atomic(
         out_dir / "README.md", lambda path: path.write_text(_card(out_dir, choices), "utf-8")
     )
@@ -109,6 +112,9 @@ def load_dataset(path, streaming: bool = False):
             f"No finished dataset at {path}. It is written by notebooks/processdata_03.ipynb "
             "(or: captionlib build)."
         )
+    written = pq.read_schema(Path(path) / "rows.parquet").metadata[SHARDS.encode()]
+    if json.loads(written) != [file.name for file in _shards(Path(path))]:
+        raise InputError(f"Shards of {path} are missing or strange: run captionlib build again.")
     import datasets  # takes a second: not in the workers that pack
 
     datasets.disable_progress_bars()  # opening takes a moment

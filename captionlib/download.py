@@ -81,7 +81,7 @@ def _wanted(table: pd.DataFrame) -> pd.DataFrame:
     """Columns filename, url, clash; one row a file name."""
     if "url" not in table:
         raise InputError(f"The table has no column url. Its columns are: {', '.join(table)}.")
-    wanted = table[["filename", "url"]].drop_duplicates()
+    wanted = table[["filename", "url"]].assign(url=table.url.str.strip()).drop_duplicates()
     file = wanted.filename.str.replace("\\", "/").str.casefold()  # one file on some systems
     wanted = wanted.assign(clash=file.duplicated(keep=False))
     return wanted.drop_duplicates("filename")
@@ -126,7 +126,8 @@ def _remove_leftovers(out_dir: Path) -> None:
 def _classes(ledger: sqlite3.Connection, retry: str | Sequence[str]) -> tuple[str, ...]:
     """Beginnings of reasons that are asked again."""
     reasons = [r for (r,) in ledger.execute("SELECT DISTINCT reason FROM downloads") if r]
-    names = filter(None, retry.split(",") if isinstance(retry, str) else map(str, retry))
+    given = retry.split(",") if isinstance(retry, str) else map(str, retry)
+    names = filter(None, map(str.strip, given))
     classes = tuple(f"http {name}" if name.isdecimal() else name for name in names)
     for name in classes:
         if name != "all" and not any(r.startswith(name) for r in (*reasons, *PASSING)):

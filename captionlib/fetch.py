@@ -67,7 +67,7 @@ class Manners:
 
     def __post_init__(self):
         for name in ("connections", "per_host", "tries", "max_bytes", "max_pixels", "timeout"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < 1e12:
                 raise InputError(f"{name} of download must be above 0, not {getattr(self, name)}.")
         if not self.contact.isprintable():
             raise InputError(f"contact of download must be one line of text: {self.contact!r}.")

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from captionlib.errors import InputError
-from captionlib.shards import Job, run_shards
+from captionlib.shards import Job, only_one, run_shards
 
 MAX_PIXELS = 50_000_000  # 150 MB as RGB; Pillow itself only warns, at 89 million
 POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
@@ -215,7 +215,8 @@ def write_checks(
     if timeout <= 0:
         raise InputError(f"timeout of check must be above 0 seconds, not {timeout}.")
     job = Job(check_image, limits, key=_file_state, lost=_lost, schema=CHECKS, timeout=timeout)
-    return run_shards(job, {"": map(str, paths)}, out_dir, total, workers, engine)
+    with only_one(out_dir, "check"):
+        return run_shards(job, {"": map(str, paths)}, out_dir, total, workers, engine)
 
 
 def _lost(path: str, reason: str) -> dict:

@@ -21,7 +21,7 @@ def run_on_ray(job: Job, todo: Iterator[tuple[Path, list]], workers: int | None)
     try:
         import ray
     except ImportError:
-        raise InputError("engine ray needs Ray: pip install 'captionlib[ray]'.") from None
+        raise InputError("engine ray needs Ray: pip install -e '.[ray]' in the clone.") from None
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         local = {} if address else {"num_cpus": workers, "include_dashboard": False}

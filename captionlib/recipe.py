@@ -149,6 +149,9 @@ def _check_keys(content: dict, path: Path) -> None:
             raise InputError(f"{key} in {path} must be {names}, not {value!r}.")
 
 
+KINDS = {int: int, float: (int, float), bool: bool, str: str}
+
+
 def check_section(section: dict, name: str, function) -> None:
     """InputError for a key that is no option of the function, or a value of another kind."""
     options = inspect.signature(function).parameters
@@ -157,7 +160,9 @@ def check_section(section: dict, name: str, function) -> None:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1) or list(known)
             raise InputError(f"Unknown key {key!r} in {name}: did you mean {', '.join(near)}?")
-        default = known[key].default
+        default, kind = known[key].default, KINDS.get(known[key].annotation)
+        if kind and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            raise InputError(f"{key} in {name} must be like {default!r}, not {value!r}.")
         kind = (int, float) if type(default) in (int, float) else type(default)
         plain = isinstance(default, int | float | str) and not isinstance(default, bool)
         if plain and (not isinstance(value, kind) or isinstance(value, bool) or value != value):

@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ftfy.badness import is_bad
 
-from captionlib.captions import CODES, caption_problem, clean_caption, is_garbled
+from captionlib.captions import CODES, caption_problem, clean_caption, is_garbled, mended
 from captionlib.duplicates import duplicate_groups
 from captionlib.errors import InputError
 from captionlib.formats import PICTURE
@@ -80,6 +81,8 @@ class Choices:
             raise InputError(f"codes must be {' or '.join(CODES)}, not {self.codes!r}.")
         if not -1 <= self.near_duplicates <= 16:
             raise InputError(f"near_duplicates must be -1 to 16 bits, not {self.near_duplicates}.")
+        if self.seed < 0:
+            raise InputError(f"seed must be 0 or more, not {self.seed}.")
         if self.max_tokens and not self.tokenizer:
             raise InputError(f"max_tokens {self.max_tokens} needs a tokenizer: its name or folder.")
 
@@ -142,13 +145,15 @@ def fill(rows, table, checks, images_dir: Path, failed: Iterable, choices: Choic
 def _cleaned(part: pd.DataFrame, images_dir: Path, choices: Choices, too_long) -> Iterator[tuple]:
     for filename, text, url, split, lang, prompt in part.itertuples(index=False):
         lang = lang or choices.lang
-        caption = clean_caption(text, lang, choices.codes, choices.fix_mojibake)
         garbled = is_garbled(text)
+        fixed = mended(text) if garbled and choices.fix_mojibake else text
+        caption = clean_caption(fixed, lang, choices.codes)
         problem = "caption holds other rows (a stray quote?)" if SWALLOWED(text) else ""
         problem = problem or caption_problem(
             caption, lang if choices.check_lang else "", choices.min_chars, choices.max_chars
         )
-        if garbled and choices.fix_mojibake and is_garbled(caption):
+        lost = "\ufffd" in fixed or is_garbled(fixed) or is_bad(fixed)
+        if garbled and choices.fix_mojibake and lost:
             problem = "mojibake that cannot be repaired"
         problem = problem or too_long(caption)
         prompt = prompt or choices.prompt.replace("{lang}", lang)
@@ -164,7 +169,11 @@ def _token_limit(choices: Choices):
         return lambda caption: ""
     from captionlib.tokenization import encode, load_tokenizer  # imports transformers
 
-    tokenizer = load_tokenizer(choices.tokenizer)
+    try:
+        tokenizer = load_tokenizer(choices.tokenizer)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"No tokenizer {choices.tokenizer!r}: {reason}") from None
     problem = f"caption longer than {choices.max_tokens} tokens"
     return lambda text: problem if len(encode(tokenizer, [text])[0]) > choices.max_tokens else ""
 
@@ -174,7 +183,8 @@ def judge(rows: sqlite3.Connection, choices: Choices) -> None:
     rows.execute(
         """UPDATE captions SET problem = coalesce(
             CASE WHEN path = '' THEN 'unsafe file name' END,
-            (SELECT 'download: ' || reason FROM failed f WHERE f.filename = captions.filename),
+            (SELECT 'download: ' || reason FROM failed f WHERE f.filename = captions.filename
+                AND captions.path NOT IN (SELECT path FROM pictures WHERE reason = '')),
             CASE WHEN path NOT IN (SELECT path FROM pictures) THEN 'image not checked' END,
             (SELECT 'image: ' || reason FROM pictures p WHERE p.path = captions.path
                 AND reason != ''),
@@ -272,11 +282,11 @@ def images_of(rows: sqlite3.Connection, split: str) -> Iterator[dict]:
         yield {"path": path, "filename": filename, "sha256": pixels, **lists}
 
 
-def write_rows(rows: sqlite3.Connection, columns: list[str], path: Path) -> None:
+def write_rows(rows: sqlite3.Connection, columns: list[str], path: Path, metadata: dict) -> None:
     """The whole table as Parquet, with `garbled` and `state`: a split or "dropped: reason"."""
     columns = [*dict.fromkeys([*columns, "lang", "prompt"]), "garbled"]
     schema = pa.schema({name: pa.string() for name in columns} | {"garbled": pa.bool_()})
-    schema = schema.append(pa.field("state", pa.string()))
+    schema = schema.append(pa.field("state", pa.string())).with_metadata(metadata)
     found = rows.execute(
         f"""SELECT {", ".join("c." + name for name in columns)},
             CASE WHEN problem = '' THEN p.split ELSE 'dropped: ' || problem END

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sqlite3
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -89,6 +90,8 @@ def run_shards(
             from captionlib.ray_engine import run_on_ray as run  # an extra: imported when wanted
         else:
             run = _run_in_processes
+        if workers and total:  # more would only wait
+            workers = min(workers, -(-total // (CHUNK if job.lost else shard_size)))
         for count in run(job, todo(), workers):
             bar.update(count)
     kept = set(files)
@@ -219,6 +222,22 @@ def _write_table(file: Path, table: pa.Table) -> None:
 def _shard_name(prefix: str, i: int, shard: list, job: Job) -> str:
     text = "\n".join([*map(job.key, shard), repr(sorted(job.arguments.items())), repr(job.timeout)])
     return f"{prefix}{i:05d}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.parquet"
+
+
+@contextmanager
+def only_one(folder, what: str):
+    """A lock on a folder, free again when its process ends; InputError when it is taken."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = sqlite3.connect(Path(folder) / ".lock", timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+        yield
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise
+        raise InputError(f"Another {what} is running in {folder}: wait until it ends.") from None
+    finally:
+        lock.close()
 
 
 def progress_bar(total: int | None, description: str, done: int = 0) -> tqdm:

@@ -85,8 +85,10 @@ def train(recipe: Recipe, device: str = "auto", callbacks=(), captioner=None) ->
     captioner.model.to(pick_device(device))
     if "flip" in str(recipe.train.get("augment")):
         _refuse_sides(data["train"])
+    given = {key: value for key, value in recipe.train.items() if value is not False}  # YAML's no
+    given = {key: value for key, value in given.items() if key not in COLLATOR_KEYS}
+    check_section(given, "train", trainer.CaptionTrainingArguments)
     options = _training_options(recipe, "val" in data)
-    check_section(options, "train", trainer.CaptionTrainingArguments)
     collator = new_collator(recipe, captioner)
     still = new_collator(recipe, captioner, augment="none", captions_per_image=None)
     try:

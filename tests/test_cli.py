@@ -149,7 +149,11 @@ def test_table_and_images_without_a_recipe(workplace, capsys):
         (["check", "--recipe", "tiny.yaml", "--set", "images=5"], "images in "),
         (["check", "--table", "commas.csv", "--images", "photos"], "with a comma in quotes"),
         (["check", "--table", "bad.json", "--images", "photos"], "bad.json is damaged"),
-        (["download", "--table", "twice.csv"], "more than one URL"),
+        (["download", "--table", "urls.csv", "--set", "download.tries=1.5"], "tries in download"),
+        (["download", "--table", "urls.csv", "--set", "download.robots=maybe"], "robots in"),
+        (["download", "--table", "urls.csv", "--from", "photos"], "leave out --table"),
+        (["build", "--recipe", "tiny.yaml", "--set", "dataset.seed=1.5"], "seed in dataset"),
+        (["build", "--recipe", "tiny.yaml", "--workers", "0"], "workers must be 1 or more"),
         (["caption", "a.png", "--model", "photos"], "holds no captioner"),
         (["caption", "a.png", "--model", "run", "--device", "banana"], "No captioner"),
     ],
@@ -161,7 +165,6 @@ def test_a_mistake_is_one_line_with_a_remedy(workplace, arguments, message, caps
     (workplace / "gbk.csv").write_bytes("text,filename\n一只猫在睡觉,1.jpg\n".encode("gbk"))
     (workplace / "commas.csv").write_text("text,filename\na dog, a park,1.jpg\n")
     (workplace / "bad.json").write_text('{"images": [1], "annotations": [{}]}')
-    (workplace / "twice.csv").write_text("text,url,filename\nx,http://h/1,a\ny,http://h/2,a\n")
     (workplace / "void").mkdir()
     (workplace / "typo.yaml").write_text("tabel: x.csv\n")
     (workplace / "broken.yaml").write_text("a: [1\n")

@@ -17,6 +17,7 @@ from captionlib.duplicates import duplicate_groups
 from captionlib.errors import InputError
 from captionlib.images import open_image
 from captionlib.packing import SCHEMA, encode_jpeg, shrink
+from captionlib.shards import only_one
 
 
 @pytest.fixture
@@ -200,6 +201,32 @@ def test_a_half_built_dataset_does_not_load(parts):
     (parts[2] / "rows.parquet").unlink()
     with pytest.raises(InputError, match="No finished dataset"):
         load_dataset(parts[2])
+
+
+def test_a_missing_shard_is_noticed(parts):
+    build(parts, val=0.2)
+    next(parts[2].glob("val-*.parquet")).unlink()
+    with pytest.raises(InputError, match="missing or strange: run captionlib build again"):
+        load_dataset(parts[2])
+
+
+def test_a_second_build_at_once_is_refused_and_a_mistaken_one_changes_nothing(parts):
+    sizes = {split: len(rows) for split, rows in build(parts).items()}
+    with only_one(parts[2], "build"), pytest.raises(InputError, match="Another build is running"):
+        build(parts)
+    with pytest.raises(InputError, match="No caption with a usable image"):
+        build(parts, min_chars=150)
+    assert {split: len(rows) for split, rows in load_dataset(parts[2]).items()} == sizes
+
+
+@pytest.mark.parametrize("codec", ["cp1252", "gb18030", "cp932"])
+def test_no_mojibake_gets_through_the_repair(parts, codec):
+    garbled = "一只狗在草地上奔跑".encode().decode(codec, "replace")
+    table = pd.concat([parts[0], parts[0].head(1).assign(caption=garbled)], ignore_index=True)
+    build(parts, table, fix_mojibake=True)
+    last = pd.read_parquet(parts[2] / "rows.parquet").iloc[-1]
+    assert last.garbled
+    assert last.state == "dropped: mojibake that cannot be repaired"
 
 
 def test_splits_are_deterministic_and_depend_on_the_seed(parts):
