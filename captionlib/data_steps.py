@@ -132,10 +132,10 @@ def build(recipe: Recipe, **options):
 
 def write_dataset(recipe: Recipe, **options) -> dict[str, int]:
     """The same with little memory, without opening it; {split: images}."""
+    check_section(recipe.dataset, "dataset", Choices)
     path = Path(recipe.data_dir) / "checks.parquet"
     if not path.exists():
         raise InputError(f"No {path}: it is written by processdata_02 (or: captionlib check).")
-    check_section(recipe.dataset, "dataset", Choices)
     sizes = dataset.write_dataset(
         captions_pieces(recipe),
         (batch.to_pandas() for batch in pq.ParquetFile(path).iter_batches(PIECE)),

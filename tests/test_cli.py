@@ -153,7 +153,7 @@ def test_table_and_images_without_a_recipe(workplace, capsys):
         (["download", "--table", "urls.csv", "--set", "download.robots=maybe"], "robots in"),
         (["download", "--table", "urls.csv", "--from", "photos"], "leave out --table"),
         (["build", "--recipe", "tiny.yaml", "--set", "dataset.seed=1.5"], "seed in dataset"),
-        (["build", "--recipe", "tiny.yaml", "--workers", "0"], "workers must be 1 or more"),
+        (["check", "--recipe", "tiny.yaml", "--workers", "0"], "workers must be 1 or more"),
         (["caption", "a.png", "--model", "photos"], "holds no captioner"),
         (["caption", "a.png", "--model", "run", "--device", "banana"], "No captioner"),
     ],
